@@ -1,0 +1,154 @@
+"""How an op finds its kernel.
+
+An op is one name with several implementations of one contract. `define` registers it twice: as a
+Python callable (what the model calls: no dispatcher overhead, differentiable where the
+implementation is) and as `torch.ops.fastloop.<name>` (what others trace, compile and `opcheck`).
+
+Which implementation runs is a table, never a guess: the default for the device, or the one that
+`use_backend(...)` or the environment variable FASTLOOP_BACKEND forces. A forced implementation that
+does not exist is an error; nothing falls back silently.
+
+    FASTLOOP_BACKEND=reference                  every op
+    FASTLOOP_BACKEND=mel=reference,linear=torch some ops
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import functools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+
+BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
+REGISTRY: dict[str, Op] = {}
+
+
+class BackendError(RuntimeError):
+    """No usable implementation of an op; the message names the op, the device and the choices."""
+
+
+def _parse(text: str) -> dict[str, str]:
+    """FASTLOOP_BACKEND's value -> {op or "*": backend}."""
+    forced: dict[str, str] = {}
+    for part in filter(None, (p.strip() for p in text.split(","))):
+        op, _, backend = part.rpartition("=")
+        if backend not in BACKENDS:
+            raise BackendError(f"FASTLOOP_BACKEND: unknown backend {backend!r}; choose from {BACKENDS}")
+        forced[op or "*"] = backend
+    return forced
+
+
+_forced: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("forced", default=None)
+
+
+@functools.lru_cache(maxsize=8)
+def _from_environment(text: str) -> dict[str, str]:
+    forced = _parse(text)
+    unknown = sorted(set(forced) - set(REGISTRY) - {"*"})
+    if unknown:
+        raise BackendError(f"FASTLOOP_BACKEND: unknown ops {unknown}; known are {sorted(REGISTRY)}")
+    return forced
+
+
+def forced_backends() -> dict[str, str]:
+    """What `use_backend` or the environment force right now: {op or "*": backend}."""
+    inner = _forced.get()
+    return inner if inner is not None else _from_environment(os.environ.get("FASTLOOP_BACKEND", ""))
+
+
+@contextlib.contextmanager
+def use_backend(text: str) -> Iterator[None]:
+    """Force backends inside a `with` block; the same syntax as FASTLOOP_BACKEND."""
+    token = _forced.set(_from_environment(text))
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+class Op:
+    """One op: its contract (`reference`), its implementations, and the table of defaults.
+
+    Args:
+        reference: the definition, in a few lines of PyTorch; annotated, as torch.library reads its
+            schema from the annotations.
+        fake: same arguments; returns empty tensors of the right shapes (for tracing).
+        mutates: names of the arguments changed in place.
+    """
+
+    def __init__(
+        self, name: str, reference: Callable[..., Any], fake: Callable[..., Any], mutates: Sequence[str]
+    ) -> None:
+        self.name = name
+        self.reference = reference
+        self.implementations: dict[str, Callable[..., Any]] = {"reference": reference}
+        self.unavailable: dict[str, str] = {}  # backend -> why it cannot run here
+        self.default: dict[str, str] = {"cpu": "reference", "cuda": "reference", "meta": "reference"}
+        schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
+        self.torch_op = torch.library.custom_op(
+            f"fastloop::{name}", self.__call__, mutates_args=tuple(mutates), schema=schema
+        )
+        self.torch_op.register_fake(fake)
+        functools.update_wrapper(self, reference)
+        self.__name__ = name
+
+    def register(self, backend: str, implementation: Callable[..., Any], default_on: str = "") -> None:
+        """Add an implementation; `default_on` ("cpu", "cuda") makes it the default there."""
+        if backend not in BACKENDS:
+            raise BackendError(f"{self.name}: unknown backend {backend!r}; choose from {BACKENDS}")
+        self.implementations[backend] = implementation
+        if default_on:
+            self.default[default_on] = backend
+
+    def backend(self, device: str) -> str:
+        """The name of the implementation that runs on a device, or BackendError."""
+        forced = forced_backends()
+        choice = forced.get(self.name) or forced.get("*") or self.default.get(device)
+        if choice in self.implementations:
+            return choice
+        why = self.unavailable.get(choice or "", "not implemented")
+        raise BackendError(
+            f"op {self.name} on {device}: backend {choice!r} cannot run here ({why}); available are "
+            f"{sorted(self.implementations)}. Change FASTLOOP_BACKEND or run `fastloop doctor`."
+        )
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        first = args[0] if args else next(iter(kwargs.values()))
+        return self.implementations[self.backend(first.device.type)](*args, **kwargs)
+
+
+def define(
+    reference: Callable[..., Any], fake: Callable[..., Any], mutates: Sequence[str] = ()
+) -> Op:
+    """Register the op whose definition is `<name>_ref`."""
+    name = reference.__name__.removesuffix("_ref")
+    op = Op(name, reference, fake, mutates)
+    REGISTRY[name] = op
+    return op
+
+
+def check_dims(op: str, **tensors: tuple[torch.Tensor, str]) -> dict[str, int]:
+    """Unify named dimensions over tensors; a mismatch names tensor, dimension and both sizes.
+
+    >>> check_dims("linear", x=(torch.zeros(3, 4), "N D"), weight=(torch.zeros(5, 4), "O D"))
+    {'N': 3, 'D': 4, 'O': 5}
+    """
+    sizes: dict[str, int] = {}
+    for name, (tensor, spec) in tensors.items():
+        letters = spec.split()
+        if tensor.dim() != len(letters):
+            raise ValueError(
+                f"{op}: {name} must have {len(letters)} dimensions [{spec}], got {tuple(tensor.shape)}"
+            )
+        for letter, size in zip(letters, tensor.shape, strict=True):
+            expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
+            if size != expected:
+                raise ValueError(
+                    f"{op}: dimension {letter} of {name} is {size}, elsewhere {expected} "
+                    f"({name} is {tuple(tensor.shape)} for [{spec}])"
+                )
+    return sizes
