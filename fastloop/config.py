@@ -58,9 +58,7 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     for name, value in values.items():
         nested = known[name].metadata.get("cls")
         arguments[name] = (
-            from_mapping(nested, value, f"{where}.{name}")
-            if nested and isinstance(value, Mapping)
-            else value
+            from_mapping(nested, value, f"{where}.{name}") if nested and isinstance(value, Mapping) else value
         )
     missing = [
         name
@@ -119,9 +117,7 @@ class DecoderConfig:
     tied: bool = False  # the head shares the embedding's rows
 
     def __post_init__(self) -> None:
-        _positive(
-            self, "layers", "width", "heads", "kv_heads", "head_width", "ffn", "vocab", "vocab_padded"
-        )
+        _positive(self, "layers", "width", "heads", "kv_heads", "head_width", "ffn", "vocab", "vocab_padded")
         where = "DecoderConfig"
         _require(self.heads % self.kv_heads == 0, f"{where}.heads", "must be a multiple of kv_heads")
         _require(self.head_width % 2 == 0, f"{where}.head_width", "must be even (rotate-half RoPE)")

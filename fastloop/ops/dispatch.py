@@ -121,9 +121,7 @@ class Op:
         return self.implementations[self.backend(first.device.type)](*args, **kwargs)
 
 
-def define(
-    reference: Callable[..., Any], fake: Callable[..., Any], mutates: Sequence[str] = ()
-) -> Op:
+def define(reference: Callable[..., Any], fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Op:
     """Register the op whose definition is `<name>_ref`."""
     name = reference.__name__.removesuffix("_ref")
     op = Op(name, reference, fake, mutates)

@@ -1,0 +1,127 @@
+"""The decoder (Qwen2.5): rows of many sequences + paged KV -> hidden states of those rows.
+
+    x [N, D] -> L x (RMSNorm, qkv, RoPE + append, paged attention, out, RMSNorm, SwiGLU) -> [N, D]
+
+Source: Qwen2.5 technical report (arXiv 2412.15115). RMSNorm, grouped-query attention with qkv bias,
+rotate-half RoPE on plain 1-D positions, SwiGLU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .config import ModelConfig
+from .ops.rope_append import rotate
+
+
+def decoder_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight of the decoder, in our checkpoint format."""
+    c = config.decoder
+    shapes: dict[str, tuple[int, ...]] = {"decoder.embed.weight": (c.vocab_padded, c.width)}
+    for i in range(c.layers):
+        layer = f"decoder.layers.{i}."
+        shapes |= {
+            layer + "norm1.weight": (c.width,),
+            layer + "qkv.weight": (c.qkv_rows, c.width),  # row blocks [Q | K | V]
+            layer + "qkv.bias": (c.qkv_rows,),
+            layer + "out.weight": (c.width, c.heads * c.head_width),
+            layer + "norm2.weight": (c.width,),
+            layer + "gate_up.weight": (2 * c.ffn, c.width),  # row blocks [gate; up]
+            layer + "down.weight": (c.width, c.ffn),
+        }
+    shapes["decoder.norm.weight"] = (c.width,)
+    if not c.tied:
+        shapes["decoder.head.weight"] = (c.vocab_padded, c.width)
+    return shapes
+
+
+@dataclass(frozen=True)
+class StepRows:
+    """Where the rows of one ragged step sit: what every attention layer of the step reads."""
+
+    positions: Tensor  # int64 [N], RoPE position of each row
+    slots: Tensor  # int64 [N], page * Q + offset of each row's key and value
+    row_starts: Tensor  # int32 [B + 1], rows of sequence b are row_starts[b]..row_starts[b + 1]
+    block_table: Tensor  # int32 [B, M], pages of each sequence in order; unused entries 0
+    kv_lens: Tensor  # int32 [B], slots in use, the new rows and the gap included
+    gaps: Tensor  # int32 [B, 2], slots [start, end) that hold nothing
+
+
+class Decoder:
+    """The language model over a mapping of weights named as in `decoder_shapes`."""
+
+    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+        self.config = config
+        self.weights = weights
+        self.embedding = weights["decoder.embed.weight"]  # [V, D]
+        self.head = self.embedding if config.decoder.tied else weights["decoder.head.weight"]  # [V, D]
+        tokens = config.tokens
+        self.control_head = self.head[[tokens.keep_silence, tokens.text_begin]].contiguous()  # [2, D]
+        half = config.decoder.head_width // 2
+        exponent = torch.arange(half, dtype=torch.float64, device=self.embedding.device) / half
+        self.inv_freq = config.decoder.rope_base**-exponent  # float64 [K/2]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids int64 [N] -> rows [N, D]."""
+        return F.embedding(ids, self.embedding)
+
+    def forward(self, x: Tensor, rows: StepRows, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+        """x [N, D], pages [L, P, Q, G, K] (the rows' keys and values are written) -> hidden [N, D],
+        before the final norm.
+        """
+        for i in range(self.config.decoder.layers):
+            x = self._layer(x, f"decoder.layers.{i}.", rows, k_pages[i], v_pages[i])
+        return x
+
+    def _layer(self, x: Tensor, name: str, rows: StepRows, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+        w, eps = self.weights, self.config.decoder.norm_eps
+        y = ops.rms_norm(x, w[name + "norm1.weight"], eps)
+        qkv = ops.linear(y, w[name + "qkv.weight"])
+        q = ops.rope_append(
+            qkv, w[name + "qkv.bias"], rows.positions, rows.slots, self.inv_freq, k_pages, v_pages
+        )
+        y = ops.paged_attention(
+            q, k_pages, v_pages, rows.block_table, rows.row_starts, rows.kv_lens, rows.gaps
+        )
+        x = ops.linear(y.flatten(1), w[name + "out.weight"], residual=x)
+        y = ops.rms_norm(x, w[name + "norm2.weight"], eps)
+        y = ops.linear(y, w[name + "gate_up.weight"], epilogue="silu_gate")
+        return ops.linear(y, w[name + "down.weight"], residual=x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [R, D] -> logits [R, V] over the whole vocabulary (text only)."""
+        y = ops.rms_norm(hidden, self.weights["decoder.norm.weight"], self.config.decoder.norm_eps)
+        return ops.linear(y, self.head)
+
+    def sequence(self, x: Tensor) -> Tensor:
+        """Whole sequences at once, without a cache and differentiable: x [B, T, D] -> hidden [B, T, D].
+
+        For training and for checking the streaming path; positions are 0..T-1, attention is causal.
+        """
+        c, w = self.config.decoder, self.weights
+        positions = torch.arange(x.shape[1], device=x.device)
+        for i in range(c.layers):
+            name = f"decoder.layers.{i}."
+            y = F.rms_norm(x, (c.width,), w[name + "norm1.weight"], c.norm_eps)
+            qkv = F.linear(y, w[name + "qkv.weight"], w[name + "qkv.bias"]).unflatten(-1, (-1, c.head_width))
+            q, k, v = qkv.split((c.heads, c.kv_heads, c.kv_heads), dim=2)
+            q, k = (self._rotate_sequence(t, positions) for t in (q, k))
+            y = F.scaled_dot_product_attention(
+                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+            )
+            x = x + F.linear(y.transpose(1, 2).flatten(2), w[name + "out.weight"])
+            y = F.rms_norm(x, (c.width,), w[name + "norm2.weight"], c.norm_eps)
+            gate, up = F.linear(y, w[name + "gate_up.weight"]).chunk(2, dim=-1)
+            x = x + F.linear(F.silu(gate) * up, w[name + "down.weight"])
+        return x
+
+    def _rotate_sequence(self, x: Tensor, positions: Tensor) -> Tensor:
+        """x [B, T, heads, K] -> rotated by positions [T]."""
+        flat = x.transpose(0, 1).flatten(1, 2)  # [T, B heads, K]
+        return rotate(flat, positions, self.inv_freq).unflatten(1, (x.shape[0], x.shape[2])).transpose(0, 1)

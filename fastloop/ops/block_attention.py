@@ -1,0 +1,33 @@
+"""block_attention: full (not causal) attention inside each block, and nothing outside it.
+
+A listening chunk is one block of 20 positions; offline mode uses blocks of 100.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from .dispatch import check_dims, define
+
+
+def block_attention_ref(qkv: Tensor, heads: int) -> Tensor:
+    """qkv [B, T, 3E] as [q | k | v] -> [B, T, E]; scale 1/sqrt(E / heads)."""
+    check_dims("block_attention", qkv=(qkv, "B T W"))
+    if qkv.shape[-1] % (3 * heads):
+        raise ValueError(f"block_attention: width {qkv.shape[-1]} is not 3 x heads ({heads}) x head width")
+    q, k, v = rearrange(qkv, "b t (three h k) -> three b h t k", three=3, h=heads)
+    return rearrange(F.scaled_dot_product_attention(q, k, v), "b h t k -> b t (h k)")
+
+
+def _fake(qkv: Tensor, heads: int) -> Tensor:
+    return qkv.new_empty(qkv.shape[0], qkv.shape[1], qkv.shape[2] // 3)
+
+
+block_attention = define(block_attention_ref, _fake)
+
+
+def block_attention_bytes(blocks: int, positions: int, width: int, itemsize: int = 4) -> int:
+    """Bytes moved: q, k, v in, the result out."""
+    return 4 * blocks * positions * width * itemsize

@@ -1,0 +1,92 @@
+"""decide: the decision head: final norm, two logits, policy, next state; never the whole vocabulary.
+
+At ASSISTANT two tokens are legal: KEEP_SILENCE and TEXT_BEGIN. p(respond) is the softmax over those two
+logits. The policy of a session is (threshold, rearm, min_gap):
+
+    armed   <- armed or p <= rearm
+    respond <- p > threshold and armed and chunks since the last response >= min_gap
+    after a response: armed <- rearm >= 1, the count restarts
+
+Plain argmax is threshold 0.5, rearm 1, min_gap 0. Source: the two-way decision of arXiv 2606.05121;
+hysteresis as in a Schmitt trigger.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dispatch import check_dims, define
+from .rms_norm import rms_norm_ref
+
+SILENT, RESPOND, NONFINITE, VOID = 0, 1, -1, -2
+
+
+def _advance(p: float, policy: list[float], state: list[int]) -> int:
+    """One step of the policy: the decision; `state` = [chunks since the last response, armed] moves on."""
+    threshold, rearm, min_gap = policy
+    armed = bool(state[1]) or p <= rearm
+    if p > threshold and armed and state[0] >= min_gap:
+        state[:] = [0, int(rearm >= 1)]
+        return RESPOND
+    state[:] = [min(state[0] + 1, 2**30), int(armed)]
+    return SILENT
+
+
+def decide_ref(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    head: Tensor,
+    slots: Tensor,
+    policy: Tensor,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """x [R, D], norm_weight [D], head [2, D] = rows (KEEP_SILENCE, TEXT_BEGIN), slots int64 [R],
+    policy float32 [Z, 3] = (threshold, rearm, min_gap chunks), state int32 [Z, 2] (changed in place)
+    -> p(respond) float32 [R], decision int32 [R].
+
+    Rows of one slot follow each other in time order. Once a slot has responded in this call, its later
+    rows are VOID: they were computed under the assumption of silence. A row whose logits are not finite
+    is NONFINITE (never silence), and so void for what follows. Neither changes the state.
+    """
+    check_dims("decide", x=(x, "R D"), norm_weight=(norm_weight, "D"), head=(head, "2 D"), slots=(slots, "R"))
+    check_dims("decide", policy=(policy, "Z 3"), state=(state, "Z 2"))
+    logits = rms_norm_ref(x, norm_weight, eps).to(head.dtype) @ head.T
+    margin = (logits[:, 1] - logits[:, 0]).double()
+    p = margin.sigmoid()
+    finite, chances, owners = logits.isfinite().all(-1).tolist(), p.tolist(), slots.tolist()
+    policies, states = policy.tolist(), {z: state[z].tolist() for z in set(owners)}
+    ended: set[int] = set()
+    decisions = []
+    for row, owner in enumerate(owners):
+        decision = VOID
+        if owner not in ended:
+            decision = _advance(chances[row], policies[owner], states[owner]) if finite[row] else NONFINITE
+            if decision != SILENT:
+                ended.add(owner)
+        decisions.append(decision)
+    for z, values in states.items():
+        state[z] = torch.tensor(values, dtype=state.dtype)
+    return p.float(), torch.tensor(decisions, dtype=torch.int32, device=x.device)
+
+
+def _fake(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    head: Tensor,
+    slots: Tensor,
+    policy: Tensor,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    rows = x.shape[0]
+    return x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.int32)
+
+
+decide = define(decide_ref, _fake, mutates=("state",))
+
+
+def decide_bytes(rows: int, width: int, itemsize: int = 4) -> int:
+    """Bytes moved: the rows, the norm's weight and two rows of the head."""
+    return (rows + 3) * width * itemsize

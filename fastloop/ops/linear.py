@@ -1,0 +1,75 @@
+"""linear: y = epilogue(x W^T + bias) + residual, for the few rows (1..64) of a step.
+
+The weights are the traffic: a step reads each of them once, whatever the number of rows.
+"""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import check_dims, define
+
+EPILOGUES = ("none", "gelu", "silu_gate")
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None) -> int:
+    """Check the contract; returns the width of the output."""
+    sizes = check_dims("linear", x=(x, "N D"), weight=(weight, "O D"))
+    if epilogue not in EPILOGUES:
+        raise ValueError(f"linear: unknown epilogue {epilogue!r}; choose from {EPILOGUES}")
+    if bias is not None:
+        check_dims("linear", weight=(weight, "O D"), bias=(bias, "O"))
+    if epilogue == "silu_gate" and sizes["O"] % 2:
+        raise ValueError(f"linear: silu_gate needs [gate; up] rows, an even number; got {sizes['O']}")
+    width = sizes["O"] // 2 if epilogue == "silu_gate" else sizes["O"]
+    if residual is not None and tuple(residual.shape) != (sizes["N"], width):
+        raise ValueError(f"linear: residual is {tuple(residual.shape)}, the output {(sizes['N'], width)}")
+    return width
+
+
+def linear_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x [N, D], weight [O, D], bias [O], residual [N, O'] -> y [N, O'] in x's dtype.
+
+    epilogue: "none" and "gelu" (exact, erf) keep O' = O; "silu_gate" takes weight rows [gate; up] and
+    returns silu(gate) * up with O' = O / 2.
+    """
+    _check(x, weight, bias, epilogue, residual)
+    y = F.linear(x, weight, bias)
+    if epilogue == "gelu":
+        y = F.gelu(y)
+    elif epilogue == "silu_gate":
+        gate, up = y.chunk(2, dim=-1)
+        y = F.silu(gate) * up
+    return y if residual is None else y + residual
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    return x.new_empty(x.shape[0], _check(x, weight, bias, epilogue, residual))
+
+
+linear = define(linear_ref, _fake)
+
+
+def linear_bytes(
+    rows: int, width_in: int, width_out: int, itemsize: int = 4, weight_itemsize: float = 4
+) -> int:
+    """Bytes moved: the weights once, the rows in and out."""
+    return int(width_in * width_out * weight_itemsize) + rows * (width_in + width_out) * itemsize
+
+
+def linear_flops(rows: int, width_in: int, width_out: int) -> int:
+    """Multiplications and additions."""
+    return 2 * rows * width_in * width_out

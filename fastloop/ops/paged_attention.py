@@ -1,0 +1,133 @@
+"""paged_attention: causal grouped-query attention of the new rows of many sequences over paged keys.
+
+A sequence is a row of the block table: its slots 0..kv_len-1 lie in its pages in order, and its new
+rows are the last of them. One gap of slots per sequence is skipped: the unused end of the pinned
+prefix's last page, and what the window has dropped of the first page behind it.
+
+    prefix pages                stream pages
+    [p p p p p p . .] [. . . s s s s s] [s s s s s . . .]
+                 gap = [6, 11)                  kv_len = 21
+
+Source: PagedAttention (Kwon et al. 2023, arXiv 2309.06180), GQA (Ainslie et al. 2023, arXiv 2305.13245).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .dispatch import check_dims, define
+
+
+def _check(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, starts: Tensor, lens: Tensor, gaps: Tensor
+) -> None:
+    sizes = check_dims(
+        "paged_attention",
+        q=(q, "N H K"),
+        k_pages=(k_pages, "P Q G K"),
+        v_pages=(v_pages, "P Q G K"),
+        block_table=(table, "B M"),
+        kv_lens=(lens, "B"),
+        gaps=(gaps, "B 2"),
+    )
+    if starts.shape[0] != sizes["B"] + 1:
+        raise ValueError(
+            f"paged_attention: row_starts must be [B + 1] = [{sizes['B'] + 1}], got {tuple(starts.shape)}"
+        )
+
+
+def paged_attention_ref(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    row_starts: Tensor,
+    kv_lens: Tensor,
+    gaps: Tensor,
+) -> Tensor:
+    """q [N, H, K], pages [P, Q, G, K], block_table int32 [B, M], row_starts int32 [B + 1],
+    kv_lens int32 [B], gaps int32 [B, 2] as [start, end) -> [N, H, K] in q's dtype.
+
+    Rows row_starts[b]..row_starts[b+1] belong to sequence b and sit in its last slots; row i sees slot s
+    when s <= its own slot and s is not in the gap. Scale 1/sqrt(K).
+    """
+    _check(q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps)
+    out = torch.empty_like(q)
+    page, repeat = k_pages.shape[1], q.shape[1] // k_pages.shape[2]
+    wide = q.dtype if q.dtype == torch.float64 else torch.float32
+    for b in range(block_table.shape[0]):
+        first, last, length = int(row_starts[b]), int(row_starts[b + 1]), int(kv_lens[b])
+        pages = block_table[b, : -(-length // page)].long()
+        k = k_pages[pages].flatten(0, 1)[:length].to(wide).repeat_interleave(repeat, dim=1)  # [length, H, K]
+        v = v_pages[pages].flatten(0, 1)[:length].to(wide).repeat_interleave(repeat, dim=1)
+        slot = torch.arange(length, device=q.device)
+        own = slot[length - (last - first) :, None]
+        seen = (slot <= own) & ~((slot >= gaps[b, 0]) & (slot < gaps[b, 1]))  # [rows, length]
+        scores = torch.einsum("nhk,shk->hns", q[first:last].to(wide), k) * q.shape[-1] ** -0.5
+        weights = scores.masked_fill(~seen, float("-inf")).softmax(-1)
+        v = v.masked_fill(~seen.any(0)[:, None, None], 0)  # what no row may see may hold anything
+        out[first:last] = torch.einsum("hns,shk->nhk", weights, v).to(q.dtype)
+    return out
+
+
+def paged_attention_torch(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    row_starts: Tensor,
+    kv_lens: Tensor,
+    gaps: Tensor,
+) -> Tensor:
+    """The same with one padded batch and one call of torch's scaled_dot_product_attention."""
+    _check(q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps)
+    page = k_pages.shape[1]
+    length = int(kv_lens.max())
+    pages = block_table[:, : -(-length // page)].long()
+    slot = torch.arange(pages.shape[1] * page, device=q.device)
+    written = (slot < kv_lens[:, None]) & ~((slot >= gaps[:, :1]) & (slot < gaps[:, 1:]))  # [B, slots]
+    empty = ~written[:, :, None, None]
+    k = k_pages[pages].flatten(1, 2).masked_fill(empty, 0)  # [B, slots, G, K]
+    v = v_pages[pages].flatten(1, 2).masked_fill(empty, 0)
+    counts = row_starts.diff()
+    most = int(counts.max())
+    offset = torch.arange(most, device=q.device)
+    row = row_starts[:-1, None] + offset
+    real = offset < counts[:, None]  # [B, most]
+    row = torch.where(real, row, row_starts[:-1, None]).long()
+    own = torch.where(real, (kv_lens - counts)[:, None] + offset, (kv_lens - counts)[:, None])
+    mask = written[:, None] & (slot <= own[..., None])  # [B, most, slots]
+    padded = F.scaled_dot_product_attention(
+        q[row].transpose(1, 2),
+        k.to(q.dtype).transpose(1, 2),
+        v.to(q.dtype).transpose(1, 2),
+        attn_mask=mask[:, None],
+        enable_gqa=True,
+    )
+    return padded.transpose(1, 2)[real]
+
+
+def _fake(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    row_starts: Tensor,
+    kv_lens: Tensor,
+    gaps: Tensor,
+) -> Tensor:
+    return torch.empty_like(q)
+
+
+paged_attention = define(paged_attention_ref, _fake)
+paged_attention.register("torch", paged_attention_torch)
+paged_attention.default |= {"cpu": "torch", "cuda": "torch"}
+
+
+def paged_attention_bytes(
+    rows: int, kv_slots: int, heads: int, kv_heads: int, head_width: int, itemsize: int = 4
+) -> int:
+    """Bytes moved: every key and value once, q in, the result out."""
+    return 2 * (kv_slots * kv_heads + rows * heads) * head_width * itemsize

@@ -1,0 +1,37 @@
+"""rms_norm: y = x / sqrt(mean(x^2) + eps) * weight, with an optional fused residual add.
+
+Source: Zhang and Sennrich 2019, arXiv 1910.07467; Qwen2.5 normalises in float32 and rounds once.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .dispatch import check_dims, define
+
+
+def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """x [N, D], weight [D] -> y [N, D] in x's dtype.
+
+    With `residual` [N, D] the sum is formed first and kept: residual += x (in place), y = norm(residual).
+    """
+    check_dims("rms_norm", x=(x, "N D"), weight=(weight, "D"))
+    if residual is not None:
+        check_dims("rms_norm", x=(x, "N D"), residual=(residual, "N D"))
+        x = residual.add_(x)
+    wide = x if x.dtype == torch.float64 else x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (normed.to(x.dtype) * weight).to(x.dtype)
+
+
+def _fake(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    return torch.empty_like(x)
+
+
+rms_norm = define(rms_norm_ref, _fake, mutates=("residual",))
+
+
+def rms_norm_bytes(rows: int, width: int, itemsize: int = 4, residual: bool = False) -> int:
+    """Bytes moved: rows in and out, the weight once, the residual in and out."""
+    return ((4 if residual else 2) * rows * width + width) * itemsize
