@@ -66,12 +66,10 @@ def sample_ref(
     check_dims("sample", seed=(seed, "R"), counter=(counter, "R"), phase=(phase, "R"))
     legal = logits.double().masked_fill(banned[phase], float("-inf"))
     ids = legal.argmax(-1)
-    for row in (temperature > 0).nonzero().flatten().tolist():
-        if bool(legal[row].isfinite().any()) and not bool(
-            (legal[row].isnan() | (legal[row] == torch.inf)).any()
-        ):
-            u = uniform(int(seed[row]), int(counter[row]))
-            ids[row] = _draw(legal[row], float(temperature[row]), int(top_k[row]), float(top_p[row]), u)
+    peak = legal.amax(-1)  # NaN wins a maximum
+    for row in ((temperature > 0) & peak.isfinite()).nonzero().flatten().tolist():
+        u = uniform(int(seed[row]), int(counter[row]))
+        ids[row] = _draw(legal[row], float(temperature[row]), int(top_k[row]), float(top_p[row]), u)
     return torch.where(peak.isfinite(), ids, NONFINITE)
 
 

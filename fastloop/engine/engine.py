@@ -1,0 +1,364 @@
+"""The public engine: opens sessions, steps them together, answers for the memory.
+
+    engine = Engine(load("demo"))
+    session = engine.open()
+    session.push(pcm)            # any size, any thread
+    engine.run_until_idle()      # or step() in a loop of your own; AsyncEngine has a thread for it
+    for event in session.poll(): ...
+
+No thread is started here. `step` may be called from any thread, one at a time; the rest of the API from
+any thread at any time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import Model, load
+from ..config import SAMPLE_RATE
+from ..decision import DecisionState
+from ..errors import CapacityError, FastloopError
+from ..events import Event, Rejected
+from ..mel import MelState
+from ..options import EngineConfig, SessionConfig
+from ..text import prefix_ids
+from . import perceive, scheduler, snapshot
+from .kv_cache import KVCache, KVSequence, pages_for
+from .memory import MemoryPlan, memory_plan, session_pages
+from .runner import EagerRunner, Runner
+from .session import Session
+from .stats import Counters
+
+
+@dataclass(frozen=True)
+class StepItem:
+    """One sequence's part of `Engine.step_batch`: a caller's id, some sound, and where it starts and ends."""
+
+    id: Hashable
+    pcm: Any = None
+    start: bool = False
+    end: bool = False
+    sample_rate: int = SAMPLE_RATE
+    config: SessionConfig | None = None
+
+
+@dataclass
+class Prefix:
+    """The pages of one prompt, shared by every session that starts with it."""
+
+    pages: list[int]
+    length: int
+
+
+class Engine:
+    """Sessions over one model. See the module's docstring; errors are in fastloop.errors."""
+
+    def __init__(
+        self, model: Model, config: EngineConfig | None = None, runner: Runner | None = None
+    ) -> None:
+        self.model = model
+        self.config = config or EngineConfig()
+        self.counters = Counters()
+        self._dtype = model.dtype
+        self.cache = KVCache(
+            model.config, self._pool_pages(), self.config.page_tokens, self._dtype, model.device
+        )
+        self._decisions = DecisionState(self.config.max_sessions, model.device)
+        self._mel = MelState.empty(self.config.max_sessions, device=model.device)
+        self.runner = runner or EagerRunner(model, self.cache, self._decisions, self._mel)
+        self._sessions: dict[int, Session] = {}
+        self._named: dict[Hashable, Session] = {}
+        self._prefixes: dict[tuple[int, ...], Prefix] = {}
+        self._free_slots = list(range(self.config.max_sessions - 1, -1, -1))
+        self._next_id = 0
+        self._closing: set[Session] = set()
+        self._closing_lock = threading.Lock()
+        self._step_lock = threading.Lock()
+        self.work = threading.Event()  # set when there may be something to do
+        self._draining = False
+        self._failure: str | None = None
+
+    @classmethod
+    def load(cls, name: str | Path, config: EngineConfig | None = None, **options: Any) -> Engine:
+        """An engine over a checkpoint: a packaged name or a directory (`fastloop.checkpoint.load`)."""
+        return cls(load(name, **options), config)
+
+    # ---- sessions ------------------------------------------------------------------------------------
+
+    def open(self, config: SessionConfig | None = None) -> Session:
+        """Admit one more stream. Waits for the step in progress, if any.
+
+        CapacityError where a session slot or its KV pages cannot be had; nothing else is touched.
+        """
+        config = config or SessionConfig()
+        with self._step_lock:
+            return self._admit(config)
+
+    def fork(self, session: Session) -> Session:
+        """An independent copy of a session."""
+        return self.restore(self.snapshot(session))
+
+    def snapshot(self, session: Session) -> bytes:
+        """A session's whole state as bytes; waits for the step in progress."""
+        with self._step_lock:
+            session._check_open("snapshot")
+            return snapshot.dump(session)
+
+    def restore(self, data: bytes) -> Session:
+        """Open the session of a snapshot taken from the same model. SnapshotError, CapacityError."""
+        state = snapshot.parse(data, self.model)
+        with self._step_lock:
+            session = self._admit(state.config)
+            try:
+                snapshot.fill(session, state)
+            except BaseException:
+                self._release(session)
+                raise
+        self._notify()
+        return session
+
+    def _admit(self, config: SessionConfig) -> Session:
+        self._reap_held()
+        try:
+            return self._try_admit(config)
+        except CapacityError:
+            self.counters.sessions_rejected += 1
+            raise
+
+    def _try_admit(self, config: SessionConfig) -> Session:
+        if self._failure is not None or self._draining:
+            raise CapacityError(
+                f"Engine.open: {self._failure or 'the engine is draining'}; open another engine"
+            )
+        if not self._free_slots:
+            raise CapacityError(
+                f"Engine.open: all {self.config.max_sessions} sessions are in use; close one, or raise "
+                "EngineConfig.max_sessions (Engine.memory_plan tells what that needs)"
+            )
+        ids = tuple(prefix_ids(self.model.config, self.model.tokenizer, config.mode, config.system_prompt))
+        allocator, prefix = self.cache.allocator, self._prefixes.get(ids)
+        new = prefix is None
+        if prefix is None:
+            pages = allocator.allocate(pages_for(len(ids), self.cache.page_tokens), "the prefix")
+            prefix = Prefix(pages, len(ids))
+        else:
+            allocator.retain(prefix.pages)
+        try:
+            lease = allocator.lease(self._quota(config), f"session {self._next_id}")
+        except CapacityError:
+            allocator.release(prefix.pages)
+            raise
+        if new:
+            self.runner.prefill(ids, prefix.pages)
+            self._prefixes[ids] = prefix
+        slot = self._free_slots.pop()
+        self.runner.open(slot)
+        self._decisions.reset(slot, config.policy, self.model.config.chunk_seconds)
+        kv = KVSequence(self.cache, lease, prefix.pages, prefix.length)
+        session = Session(self, self._next_id, slot, config, kv)
+        self._sessions[session.id] = session
+        self._next_id += 1
+        self.counters.sessions_opened += 1
+        return session
+
+    def _close(self, session: Session) -> None:
+        if session._outbox.close():
+            with self._closing_lock:
+                self._closing.add(session)
+        self._reap()
+        self._notify()
+
+    def _reap(self) -> None:
+        """Release closed sessions now, unless a step is running: then it does so when it ends."""
+        while self._closing and self._step_lock.acquire(blocking=False):
+            try:
+                self._reap_held()
+            finally:
+                self._step_lock.release()
+
+    def _reap_held(self) -> None:
+        with self._closing_lock:
+            closing, self._closing = self._closing, set()
+        for session in closing:
+            self._release(session)
+
+    def _release(self, session: Session) -> None:
+        """Under the step lock: pages, slot and prefix of a session go back. Idempotent."""
+        if self._sessions.pop(session.id, None) is None:
+            return
+        session._kv.lease.close()
+        freed = set(self.cache.allocator.release(session._kv.prefix_pages))
+        if freed:
+            self._prefixes = {k: p for k, p in self._prefixes.items() if not freed & set(p.pages)}
+        self._free_slots.append(session._slot)
+
+    # ---- the step ------------------------------------------------------------------------------------
+
+    def step(self) -> int:
+        """Perceive what is queued and run one ragged pass of the decoder.
+
+        Returns the number of chunks perceived plus sequences advanced; 0 means there is nothing to do now.
+        """
+        with self._step_lock:
+            self._reap_held()
+            if self._failure is not None:
+                raise FastloopError(
+                    f"Engine.step: the engine has failed: {self._failure}; open another engine"
+                )
+            self.work.clear()
+            begun = time.monotonic()
+            try:
+                work = perceive.perceive(self) + self._decode()
+            except Exception as error:
+                self._failure = f"{type(error).__name__}: {error}"
+                raise
+            if work:
+                self.counters.step_seconds.append(time.monotonic() - begun)
+        self._reap()
+        return work
+
+    def run_until_idle(self) -> int:
+        """Step until nothing can be done now; returns the number of steps."""
+        steps = 0
+        while self.step():
+            steps += 1
+        return steps
+
+    def step_batch(
+        self, items: Sequence[StepItem], max_steps: int | None = None
+    ) -> list[tuple[Hashable, list[Event]]]:
+        """For callers that own the loop: push every item's sound, step, return every item's events.
+
+        max_steps: None steps until idle; a small number bounds the time of one call (responses go on in
+        the next one). What is wrong with one item is a `Rejected` event of that item alone; nothing of
+        its sound was taken and the others go on.
+        """
+        rejected = {i: message for i, item in enumerate(items) if (message := self._accept(item)) is not None}
+        count = 0
+        while (max_steps is None or count < max_steps) and self.step():
+            count += 1
+        results: list[tuple[Hashable, list[Event]]] = []
+        for i, item in enumerate(items):
+            session = self._named.get(item.id)
+            events = session.poll() if session else []
+            if i in rejected:
+                events.append(Rejected(seq=-1, epoch=0, t=session.t if session else 0.0, message=rejected[i]))
+            elif item.end and session:
+                session.close()
+                events += session.poll()
+            if session and session.closed:
+                del self._named[item.id]
+            results.append((item.id, events))
+        return results
+
+    def _accept(self, item: StepItem) -> str | None:
+        """Take one item's sound; returns why not."""
+        session = self._named.get(item.id)
+        try:
+            if item.start:
+                if session is not None:
+                    raise FastloopError(f"sequence {item.id!r} was started before and has not ended")
+                session = self._named[item.id] = self.open(item.config)
+            if session is None:
+                raise FastloopError(f"sequence {item.id!r} is unknown; its first item needs start=True")
+            if item.pcm is not None:
+                session.push(item.pcm, item.sample_rate)
+            if item.end:
+                session.flush()
+        except (FastloopError, ValueError, TypeError) as error:
+            return f"step_batch: {error}"
+        return None
+
+    def _decode(self) -> int:
+        items = scheduler.plan(self._sessions.values(), self.config.max_step_rows)
+        if not items:
+            return 0
+        try:
+            result = self.runner.step(scheduler.build(items))
+        except BaseException:
+            for item in items:
+                item.session._undo(item)
+            raise
+        decided = scheduler.commit(items, result)
+        now = time.monotonic()
+        self.counters.latency_seconds.extend(now - chunk.arrived for chunk in decided)
+        self.counters.chunks += len(decided)
+        self.counters.text_tokens += len(result.drawn)
+        self.counters.rows += sum(len(item.ids) for item in items)
+        self.counters.steps += 1
+        return len(items)
+
+    def _notify(self) -> None:
+        self.work.set()
+
+    # ---- what it reports -------------------------------------------------------------------------------
+
+    def memory_plan(self, sessions: int, config: SessionConfig | None = None) -> MemoryPlan:
+        """Bytes for `sessions` sessions of one configuration (window_s=None is counted as 60 s)."""
+        return memory_plan(
+            self.model.config, self.model.weight_bytes, self._dtype, sessions, self.config, config
+        )
+
+    def stats(self) -> dict[str, Any]:
+        """Counters, latency percentiles and the state of the pool, as plain data."""
+        allocator = self.cache.allocator
+        sessions = list(self._sessions.values())
+        return self.counters.summary() | {
+            "sessions": len(sessions),
+            "responding": sum(s.responding for s in sessions),
+            "stalled": sum(s.stalled for s in sessions),
+            "queued_seconds": sum(s.queued_seconds for s in sessions),
+            "kv_pages": allocator.pages,
+            "kv_pages_used": allocator.used,
+            "kv_pages_promised": allocator.promised,
+        }
+
+    def health(self) -> dict[str, Any]:
+        """{"status": "ok" | "draining" | "failed", "reason": ..., "sessions": ...}."""
+        status = "failed" if self._failure else "draining" if self._draining else "ok"
+        return {"status": status, "reason": self._failure, "sessions": len(self._sessions)}
+
+    def drain(self) -> None:
+        """Admit no more sessions and work off what is queued; sessions stay open for their last events."""
+        self._draining = True
+        self.run_until_idle()
+
+    def close(self) -> None:
+        """Close every session. Idempotent."""
+        self._draining = True
+        for session in list(self._sessions.values()):
+            session.close()
+        self._named.clear()
+
+    def check(self) -> None:
+        """The page books against what the sessions say; AssertionError where they differ."""
+        with self._step_lock:
+            self._reap_held()
+            self.cache.allocator.check([s._kv.prefix_pages for s in self._sessions.values()])
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _quota(self, config: SessionConfig) -> int:
+        return session_pages(self.model.config, self.config, config, self._prompt_tokens(config))
+
+    def _prompt_tokens(self, config: SessionConfig) -> tuple[int, int]:
+        """(prefix tokens, user text tokens) of a configuration."""
+        tokenizer = self.model.tokenizer
+        prefix = prefix_ids(self.model.config, tokenizer, config.mode, config.system_prompt)
+        return len(prefix), len(tokenizer.encode(config.user_text or ""))
+
+    def _pool_pages(self) -> int:
+        if self.config.kv_pages is not None:
+            return self.config.kv_pages
+        default = SessionConfig()
+        prefix = pages_for(self._prompt_tokens(default)[0], self.config.page_tokens)
+        return self.config.max_sessions * self._quota(default) + 2 * prefix

@@ -1,0 +1,158 @@
+"""The paged KV cache: pages of keys and values, and the sequence of one session over them.
+
+    prefix pages (shared by all sessions of a prompt)   stream pages (the session's own)
+    [p p p p p p . .]                                   [. . . s s s s s] [s s s . . . . .]
+     positions 0..5 + dropped                                  ^ start           ^ end
+
+Stream token i keeps RoPE position prefix_len + i for ever; when old units are dropped, the prefix is
+rotated forward instead (see fastloop.window), into private pages of the session.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..ops.rope_append import rotate
+from .kv_pages import Lease, PageAllocator
+
+
+def pages_for(tokens: int, page_tokens: int) -> int:
+    return -(-tokens // page_tokens)
+
+
+class KVCache:
+    """The pool: k_pages, v_pages [L, P, Q, G, K] and the books of its pages."""
+
+    def __init__(
+        self, model: ModelConfig, pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        c = model.decoder
+        shape = (c.layers, pages, page_tokens, c.kv_heads, c.head_width)
+        self.k_pages = torch.zeros(shape, dtype=dtype, device=device)
+        self.v_pages = torch.zeros(shape, dtype=dtype, device=device)
+        self.page_tokens = page_tokens
+        self.allocator = PageAllocator(pages)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers, keys and values."""
+        return 2 * self.k_pages[:, 0].numel() * self.k_pages.element_size()
+
+    def copy_pages(self, source: list[int], target: list[int]) -> None:
+        for pool in (self.k_pages, self.v_pages):
+            pool[:, target] = pool[:, source]
+
+
+@dataclass
+class KVSequence:
+    """One session's tokens: `prefix_len` pinned ones, then stream tokens start..end-1 (absolute indices)."""
+
+    cache: KVCache
+    lease: Lease
+    prefix_pages: list[int]  # pristine, shared; positions 0..prefix_len-1
+    prefix_len: int
+    private_prefix: list[int] = field(default_factory=list)  # rotated copy, once something was dropped
+    pages: list[int] = field(default_factory=list)  # of the stream, in order
+    start: int = 0
+    end: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return self.end - self.start
+
+    @property
+    def first_page_index(self) -> int:
+        return self.start // self.cache.page_tokens
+
+    @property
+    def table(self) -> list[int]:
+        """All pages in slot order: one row of the block table."""
+        return (self.private_prefix or self.prefix_pages) + self.pages
+
+    @property
+    def gap(self) -> tuple[int, int]:
+        """Slots [start, end) between the prefix's last token and the first kept stream token."""
+        prefix_slots = len(self.prefix_pages) * self.cache.page_tokens
+        return self.prefix_len, prefix_slots + self.start % self.cache.page_tokens
+
+    @property
+    def kv_len(self) -> int:
+        """Slots in use, gap included."""
+        page = self.cache.page_tokens
+        return len(self.prefix_pages) * page + self.end - self.first_page_index * page
+
+    @property
+    def position(self) -> int:
+        """RoPE position of the next stream token."""
+        return self.prefix_len + self.end
+
+    def extend(self, count: int) -> np.ndarray:
+        """Append `count` tokens: their pool slots int64 [count]. CapacityError leaves all as it was."""
+        page = self.cache.page_tokens
+        needed = pages_for(self.end + count, page) - self.first_page_index - len(self.pages)
+        if needed > 0:
+            self.pages += self.lease.take(needed)
+        index = np.arange(self.end, self.end + count) - self.first_page_index * page
+        self.end += count
+        return np.asarray(self.pages, dtype=np.int64)[index // page] * page + index % page
+
+    def truncate(self, end: int) -> None:
+        """Forget the tokens from absolute index `end` on."""
+        assert self.start <= end <= self.end, f"cannot truncate [{self.start}, {self.end}) to {end}"
+        self.end = end
+        keep = max(0, pages_for(end, self.cache.page_tokens) - self.first_page_index)
+        self._give_back(self.pages[keep:])
+        del self.pages[keep:]
+
+    def drop(self, count: int, inv_freq: Tensor) -> None:
+        """Forget the oldest `count` stream tokens and move the prefix `count` positions forward."""
+        assert 0 < count <= self.tokens, f"cannot drop {count} of {self.tokens}"
+        whole = (self.start + count) // self.cache.page_tokens - self.first_page_index
+        self.start += count
+        self._give_back(self.pages[:whole])
+        del self.pages[:whole]
+        if not self.private_prefix:
+            self.private_prefix = self.lease.take(len(self.prefix_pages))
+            self.cache.copy_pages(self.prefix_pages, self.private_prefix)
+        self._rotate_prefix(inv_freq)
+
+    def _rotate_prefix(self, inv_freq: Tensor) -> None:
+        """private prefix <- pristine prefix, its keys rotated to positions start + 0..prefix_len-1."""
+        pristine = self.cache.k_pages[:, self.prefix_pages]  # [L, pages, Q, G, K]
+        shift = torch.full((1,), self.start, device=pristine.device)
+        width = pristine.shape[-1]
+        rotated = rotate(pristine.reshape(1, -1, width), shift, inv_freq).view_as(pristine)
+        self.cache.k_pages[:, self.private_prefix] = rotated
+
+    def _give_back(self, pages: list[int]) -> None:
+        if pages:
+            self.lease.give_back(pages)
+
+    def export(self) -> tuple[Tensor, Tensor]:
+        """Copies of the stream's keys and values [L, tokens, G, K]."""
+        page = self.cache.page_tokens
+        low, high = self.start % page, self.start % page + self.tokens
+        both = (
+            pool[:, self.pages].flatten(1, 2)[:, low:high]
+            for pool in (self.cache.k_pages, self.cache.v_pages)
+        )
+        keys, values = (t.clone() for t in both)
+        return keys, values
+
+    def load(self, keys: Tensor, values: Tensor, start: int, inv_freq: Tensor) -> None:
+        """Fill an empty sequence with exported keys and values whose first token is number `start`."""
+        assert not self.pages and self.end == 0, "load needs an empty sequence"
+        count = keys.shape[1]
+        self.start = self.end = start
+        slots = torch.from_numpy(self.extend(count)).to(keys.device)
+        for pool, content in ((self.cache.k_pages, keys), (self.cache.v_pages, values)):
+            pool.flatten(1, 2)[:, slots] = content.to(pool)
+        if start:
+            self.private_prefix = self.lease.take(len(self.prefix_pages))
+            self.cache.copy_pages(self.prefix_pages, self.private_prefix)
+            self._rotate_prefix(inv_freq)

@@ -1,0 +1,172 @@
+"""What a step computes: perceive chunks, and one ragged pass of the decoder with its decisions and draws.
+
+The eager runner calls the ops one by one. A runner is all the engine knows of the model, so another one
+(captured graphs, a native plan, a recorder) takes its place without a change elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..checkpoint import Model
+from ..config import FRAMES_PER_TOKEN
+from ..decision import DecisionState, decide
+from ..decoder import StepRows
+from ..mel import MelState, log_mel, mel_chunk
+from ..text import banned_tokens
+from .kv_cache import KVCache
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One ragged step, on the host. N rows of B sequences; R rows decide; T rows draw a token."""
+
+    ids: np.ndarray  # int64 [N]
+    positions: np.ndarray  # int64 [N]
+    slots: np.ndarray  # int64 [N]
+    row_starts: np.ndarray  # int32 [B + 1]
+    block_table: np.ndarray  # int32 [B, M]
+    kv_lens: np.ndarray  # int32 [B]
+    gaps: np.ndarray  # int32 [B, 2]
+    audio_rows: np.ndarray  # int64 [n], rows whose embedding is an audio token
+    audio: Sequence[Tensor]  # their tokens, [., D] each, in the order of audio_rows
+    decide_rows: np.ndarray  # int64 [R], rows at ASSISTANT
+    decide_slots: np.ndarray  # int64 [R], the session's row of the decision state
+    draw_rows: np.ndarray  # int64 [T]
+    draw_phase: np.ndarray  # int64 [T], FIRST or LATER token of the response
+    temperature: np.ndarray  # float32 [T]
+    top_k: np.ndarray  # int64 [T]
+    top_p: np.ndarray  # float32 [T]
+    seed: np.ndarray  # int64 [T]
+    counter: np.ndarray  # int64 [T], the row's position: what makes a draw repeatable
+
+
+@dataclass(frozen=True)
+class StepResult:
+    p_respond: list[float]  # [R]
+    decisions: list[int]  # [R]
+    drawn: list[int]  # [T]
+
+
+class Runner(Protocol):
+    """The model as the engine sees it."""
+
+    def open(self, slot: int) -> None:
+        """A fresh stream in a state slot."""
+
+    def prime(self, pcm: np.ndarray, slot: int) -> None:
+        """edge="wait": the first LOOKAHEAD_SAMPLES samples of a stream."""
+
+    def hear(self, pcm: np.ndarray, slots: Sequence[int], edge: str) -> Tensor:
+        """One chunk of each of B streams: float32 [B, S] -> mel frames [B, F, C]; the streams move on."""
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Mel frames [B, F, C] -> audio tokens [B, A, D]."""
+
+    def encode_clip(self, pcm: np.ndarray) -> Tensor:
+        """A finished clip, float32 [S] -> audio tokens [n, D]."""
+
+    def prefill(self, ids: Sequence[int], pages: Sequence[int]) -> None:
+        """Write the keys and values of a prefix into its pages."""
+
+    def step(self, batch: StepBatch) -> StepResult:
+        """One ragged pass of the decoder."""
+
+
+class EagerRunner:
+    """Op by op, on the model's device."""
+
+    def __init__(self, model: Model, cache: KVCache, decisions: DecisionState, mel: MelState) -> None:
+        self.model = model
+        self.cache = cache
+        self.decisions = decisions
+        self.mel = mel
+        self.banned = banned_tokens(model.config, model.device)
+
+    def open(self, slot: int) -> None:
+        mask = torch.zeros(len(self.mel.peak), dtype=torch.bool, device=self.mel.peak.device)
+        mask[slot] = True
+        self.mel.reset(mask)
+
+    def prime(self, pcm: np.ndarray, slot: int) -> None:
+        self.mel.prime(slot, self._tensor(pcm))
+
+    @torch.inference_mode()
+    def hear(self, pcm: np.ndarray, slots: Sequence[int], edge: str) -> Tensor:
+        rows = torch.as_tensor(slots, dtype=torch.int64, device=self.model.device)
+        return mel_chunk(self.mel, rows, self._tensor(pcm), edge=edge)
+
+    @torch.inference_mode()
+    def encode(self, frames: Tensor) -> Tensor:
+        return self.model.encoder.encode(frames)
+
+    @torch.inference_mode()
+    def encode_clip(self, pcm: np.ndarray) -> Tensor:
+        whole = -(-len(pcm) // (160 * FRAMES_PER_TOKEN)) * 160 * FRAMES_PER_TOKEN
+        padded = np.pad(pcm, (0, whole - len(pcm)))
+        return self.model.encoder.encode_offline(log_mel(self._tensor(padded)))
+
+    @torch.inference_mode()
+    def prefill(self, ids: Sequence[int], pages: Sequence[int]) -> None:
+        count, page = len(ids), self.cache.page_tokens
+        index = np.arange(count)
+        rows = StepRows(
+            positions=self._tensor(index),
+            slots=self._tensor(np.asarray(pages)[index // page] * page + index % page),
+            row_starts=self._tensor(np.array([0, count], dtype=np.int32)),
+            block_table=self._tensor(np.array([pages], dtype=np.int32)),
+            kv_lens=self._tensor(np.array([count], dtype=np.int32)),
+            gaps=self._tensor(np.array([[count, count]], dtype=np.int32)),
+        )
+        decoder = self.model.decoder
+        x = decoder.embed(self._tensor(np.asarray(ids, dtype=np.int64)))
+        decoder.forward(x, rows, self.cache.k_pages, self.cache.v_pages)
+
+    @torch.inference_mode()
+    def step(self, batch: StepBatch) -> StepResult:
+        decoder, tensor = self.model.decoder, self._tensor
+        x = decoder.embed(tensor(batch.ids))
+        if len(batch.audio):
+            x[tensor(batch.audio_rows)] = torch.cat(list(batch.audio)).to(x.dtype)
+        rows = StepRows(
+            positions=tensor(batch.positions),
+            slots=tensor(batch.slots),
+            row_starts=tensor(batch.row_starts),
+            block_table=tensor(batch.block_table),
+            kv_lens=tensor(batch.kv_lens),
+            gaps=tensor(batch.gaps),
+        )
+        hidden = decoder.forward(x, rows, self.cache.k_pages, self.cache.v_pages)
+        p, decisions = self._decide(hidden, batch)
+        return StepResult(p, decisions, self._draw(hidden, batch))
+
+    def _decide(self, hidden: Tensor, batch: StepBatch) -> tuple[list[float], list[int]]:
+        if not len(batch.decide_rows):
+            return [], []
+        rows, slots = self._tensor(batch.decide_rows), self._tensor(batch.decide_slots)
+        p, decisions = decide(self.model.decoder, hidden[rows], slots, self.decisions)
+        return p.tolist(), decisions.tolist()
+
+    def _draw(self, hidden: Tensor, batch: StepBatch) -> list[int]:
+        if not len(batch.draw_rows):
+            return []
+        logits = self.model.decoder.logits(hidden[self._tensor(batch.draw_rows)])
+        options = (
+            batch.draw_phase,
+            batch.temperature,
+            batch.top_k,
+            batch.top_p,
+            batch.seed,
+            batch.counter,
+        )
+        return ops.sample(logits, self.banned, *(self._tensor(o) for o in options)).tolist()
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.model.device)

@@ -1,0 +1,143 @@
+"""A session as bytes: one safetensors buffer whose metadata is the state machine. Nothing is pickled.
+
+The prefix is not stored: its keys are a function of the model, the prompt and the number of dropped
+positions, and the restoring engine shares it with its other sessions.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_tensors
+from safetensors.torch import save as to_bytes
+from torch import Tensor
+
+from ..audio import Resampler
+from ..config import ConfigError, from_mapping
+from ..errors import SnapshotError
+from ..events import from_dict
+from ..options import DecisionPolicy, Sampling, SessionConfig
+from ..text import TextStream
+
+if TYPE_CHECKING:
+    from ..checkpoint import Model
+    from .session import Session
+
+FORMAT = "fastloop-snapshot-1"
+
+
+@dataclass(frozen=True)
+class SnapshotState:
+    """A parsed snapshot: the session's configuration, plain state and tensors."""
+
+    config: SessionConfig
+    values: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def dump(session: Session) -> bytes:
+    """Serialise a session that no step is touching."""
+    inbox, outbox = session._inbox, session._outbox
+    with outbox.lock:
+        said = {
+            "events": [event.to_dict() for event in outbox.events],
+            **{name: getattr(outbox, name) for name in _OUTBOX},
+        }
+    keys, values = session._kv.export()
+    pcm = torch.from_numpy(inbox.pending())
+    tensors = {"keys": keys, "values": values, "pcm": pcm}
+    if session._perceived:
+        tensors["perceived"] = torch.stack([chunk.tokens for chunk in session._perceived])
+    if session._clip is not None:
+        tensors["clip"] = session._clip
+    engine, slot = session._engine, session._slot
+    tensors |= {f"mel.{name}": t for name, t in engine._mel.export(slot).items()}
+    tensors["decision"] = engine._decisions.state[slot].clone()
+    state = {
+        "config": dataclasses.asdict(session.config),
+        "session": {name: _plain(getattr(session, "_" + name)) for name in _SESSION},
+        "text": session._text.export() if session._text else None,
+        "outbox": said,
+        "inbox": {"received": inbox.received, "flushed": inbox.flushed},
+        "resampler": inbox.resampler.export() if inbox.resampler else None,
+        "start": session._kv.start,
+    }
+    header = {"format": FORMAT, "model": engine.model.fingerprint, "state": json.dumps(state)}
+    return to_bytes({name: t.contiguous() for name, t in tensors.items()}, metadata=header)
+
+
+_OUTBOX = ("seq", "epoch", "speaking", "started", "t")
+_SESSION = ("phase", "pending", "primed", "heard", "decided", "units", "epoch", "spoken", "flushed_clip")
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, deque) else value
+
+
+def parse(data: bytes, model: Model) -> SnapshotState:
+    """Read and check a snapshot; SnapshotError where it is damaged or belongs to another model."""
+    try:
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])["__metadata__"]
+        tensors = parse_tensors(bytes(data))
+        if header["format"] != FORMAT:
+            raise SnapshotError(f"restore: format {header['format']!r}; this version reads {FORMAT!r}")
+        if header["model"] != model.fingerprint:
+            raise SnapshotError(
+                f"restore: the snapshot belongs to model {header['model']}, this engine runs "
+                f"{model.fingerprint}; restore it with the checkpoint it was taken from"
+            )
+        state = json.loads(header["state"])
+        values = dict(state["config"])
+        values["policy"] = from_mapping(DecisionPolicy, values["policy"])
+        values["sampling"] = from_mapping(Sampling, values["sampling"])
+        config = from_mapping(SessionConfig, values)
+    except (SafetensorError, KeyError, TypeError, ValueError, ConfigError) as error:
+        if isinstance(error, SnapshotError):
+            raise
+        raise SnapshotError(f"restore: not a whole fastloop snapshot ({error}); take a new one") from error
+    return SnapshotState(config, state, tensors)
+
+
+def fill(session: Session, state: SnapshotState) -> None:
+    """Bring a freshly admitted session to the snapshot's state."""
+    from .session import Chunk
+
+    values, tensors = state.values, state.tensors
+    engine, slot = session._engine, session._slot
+    try:
+        for name, value in values["session"].items():
+            setattr(session, "_" + name, deque(value) if name == "units" else value)
+        now = time.monotonic()
+        waiting = tensors.get("perceived", torch.empty(0))
+        first = session._heard - len(waiting)
+        session._perceived = deque(
+            Chunk(first + i, tokens.to(engine.model.device), now) for i, tokens in enumerate(waiting)
+        )
+        session._clip = tensors["clip"].to(engine.model.device) if "clip" in tensors else None
+        if values["text"] is not None:
+            session._text = TextStream.restore(engine.model.tokenizer, values["text"])
+        keys, content = tensors["keys"], tensors["values"]
+        session._kv.load(keys, content, values["start"], engine.model.decoder.inv_freq)
+        prefix = "mel."
+        engine._mel.load(
+            slot, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+        )
+        engine._decisions.state[slot] = tensors["decision"].to(engine.model.device)
+        for name in _OUTBOX:
+            setattr(session._outbox, name, values["outbox"][name])
+        session._outbox.events = deque(from_dict(event) for event in values["outbox"]["events"])
+        session._inbox.restore(tensors["pcm"].numpy(), **values["inbox"])
+        if values["resampler"] is not None:
+            session._inbox.resampler = Resampler.restore(values["resampler"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise SnapshotError(
+            f"restore: the snapshot's content does not fit ({error}); take a new one"
+        ) from error
