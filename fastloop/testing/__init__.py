@@ -1,0 +1,1 @@
+"""What tests/ and bench/ share: random models, error measures, the timer."""
