@@ -1,0 +1,270 @@
+"""Checkpoints: directories with `model.safetensors`, `config.json` and `tokenizer.json`.
+
+    config.json    {"format": "fastloop-1", "model": {the fields of ModelConfig}}
+    weights        names and shapes of `encoder_shapes` and `decoder_shapes`, one dtype
+
+Nothing else is loaded. Loading checks everything before it takes memory, names all that is wrong at
+once, never unpickles, and maps the weights: a second process that loads the same checkpoint shares its
+memory. Other formats are read by `fastloop convert` alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from .config import ConfigError, ModelConfig, from_mapping
+from .decoder import Decoder, decoder_shapes
+from .encoder import Encoder, encoder_shapes
+from .files import CheckpointError, new_directory, parse_json, quote, read_bounded, write_text
+from .tensorfile import MappedTensors, Shape, read_header, write_tensors
+from .text import Tokenizer
+
+__all__ = ["CheckpointError", "Model", "known_models", "load", "resolve", "save"]
+
+FORMAT = "fastloop-1"
+WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
+MODELS = Path(__file__).parent / "models"  # checkpoints that come with the package
+WEIGHT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MAX_CONFIG_BYTES = 1 << 20
+MAX_TOKENIZER_BYTES = 256 << 20  # Qwen2.5's is 7 MB
+MAX_LAYERS = 1000  # bounds the list of expected names, which is built from the config
+SHOWN = 8  # names of one kind in an error
+SAMPLE = 64  # values of a tensor that go into the fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A checkpoint in memory: config, weights by name (`encoder_shapes | decoder_shapes`), tokenizer."""
+
+    config: ModelConfig
+    weights: Mapping[str, Tensor]
+    tokenizer: Tokenizer
+
+    @functools.cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.config, self.weights)
+
+    @functools.cached_property
+    def decoder(self) -> Decoder:
+        return Decoder(self.config, self.weights)
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights["decoder.embed.weight"].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights["decoder.embed.weight"].dtype
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.weights.values())
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """16 hex digits of config, names, shapes, dtypes and a sample of the values of every tensor.
+
+        The same on every device; another for another dtype, as that changes what the model answers.
+        """
+        digest = hashlib.sha256(self.config.to_json().encode())
+        for name in sorted(self.weights):
+            tensor = self.weights[name].detach()
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            flat = tensor.reshape(-1)
+            sample = flat[:: max(1, flat.numel() // SAMPLE)].cpu().contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+
+def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """float32, bfloat16 or float16, by name or as it is; CheckpointError for anything else."""
+    found = WEIGHT_DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if found is None or found not in WEIGHT_DTYPES.values():
+        raise CheckpointError(f"dtype {quote(dtype)}: weights are one of {', '.join(WEIGHT_DTYPES)}")
+    return found
+
+
+def known_models() -> list[str]:
+    """Names of the checkpoints that come with the package."""
+    return sorted(path.parent.name for path in MODELS.glob(f"*/{CONFIG}"))
+
+
+def resolve(path_or_name: str | Path) -> Path:
+    """The directory of a checkpoint: a packaged model by its name, or any directory by its path."""
+    if path_or_name in (known := known_models()):
+        return MODELS / path_or_name
+    path = Path(path_or_name)
+    if path.is_dir():
+        return path
+    reason = "is not a directory" if path.exists() else "is neither a known model nor a directory"
+    raise CheckpointError(
+        f"model {str(path_or_name)!r} {reason}; known models are {', '.join(known) or 'none'}. "
+        "A checkpoint of another format is made into a directory by `fastloop convert`."
+    )
+
+
+def weight_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Name -> shape of every weight, in the order of the sound's path; CheckpointError if absurdly many."""
+    for part, layers in (("encoder", config.encoder.layers), ("decoder", config.decoder.layers)):
+        if layers > MAX_LAYERS:
+            raise CheckpointError(f"config: {part}.layers is {layers}; at most {MAX_LAYERS} are plausible")
+    return encoder_shapes(config) | decoder_shapes(config)
+
+
+def listed(kind: str, items: list[str]) -> list[str]:
+    """One line of an error: how many, and the first of them by name; no line if there are none."""
+    if not items:
+        return []
+    more = f", and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
+    return [f"{kind} ({len(items)}): {', '.join(items[:SHOWN])}{more}"]
+
+
+def weight_problems(
+    expected: Mapping[str, Shape], found: Mapping[str, tuple[torch.dtype, Shape]]
+) -> list[str]:
+    """All that is wrong with a set of tensors, a line each kind; the dtype of most is the right one."""
+    both = [name for name in expected if name in found]
+    shapes = [
+        f"{name} is {list(found[name][1])}, must be {list(expected[name])}"
+        for name in both
+        if tuple(found[name][1]) != tuple(expected[name])
+    ]
+    counts = Counter(found[name][0] for name in both if found[name][0] in WEIGHT_DTYPES.values())
+    allowed = [counts.most_common(1)[0][0]] if counts else list(WEIGHT_DTYPES.values())
+    dtypes = [f"{name} is {found[name][0]}" for name in both if found[name][0] not in allowed]
+    return [
+        *listed("missing", [name for name in expected if name not in found]),
+        *listed("left over", [quote(name) for name in found if name not in expected]),
+        *listed("wrong shape", shapes),
+        *listed(f"wrong dtype, must be {' or '.join(map(str, allowed))}", dtypes),
+    ]
+
+
+def refuse(what: str, problems: list[str]) -> None:
+    """CheckpointError with every problem on a line of its own, if there is one."""
+    if problems:
+        raise CheckpointError("\n  ".join([f"{what} cannot be used:", *problems]))
+
+
+def tokenizer_problems(config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
+    """A tokenizer may not speak ids that the model does not have."""
+    if tokenizer.vocab_size <= config.decoder.vocab:
+        return []
+    return [
+        f"{TOKENIZER}: its largest id is {tokenizer.vocab_size - 1}, the model's vocabulary is "
+        f"{config.decoder.vocab}: it belongs to another model"
+    ]
+
+
+def _read_config(directory: Path) -> ModelConfig:
+    path = directory / CONFIG
+    values = parse_json(read_bounded(path, MAX_CONFIG_BYTES), str(path))
+    if values.get("format") != FORMAT or set(values) != {"format", "model"}:
+        raise CheckpointError(
+            f'{path}: is not {{"format": "{FORMAT}", "model": ...}}, its keys are {quote(sorted(values))}; '
+            "run `fastloop convert` on a checkpoint of another format"
+        )
+    try:
+        return from_mapping(ModelConfig, values["model"], "model")
+    except (ConfigError, TypeError, AttributeError) as error:  # the latter: a scalar where a table belongs
+        raise CheckpointError(f"{path}: {error}") from error
+
+
+def read_tokenizer(path: Path) -> str:
+    """The text of a `tokenizer.json`; CheckpointError where it is missing or not text."""
+    try:
+        return read_bounded(path, MAX_TOKENIZER_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path}: not UTF-8: {error}") from error
+
+
+def parse_tokenizer(text: str, where: str) -> Tokenizer:
+    try:
+        return Tokenizer.from_json(text, where)
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def load(
+    path_or_name: str | Path, *, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
+) -> Model:
+    """Load a checkpoint: a packaged model by name, or a directory.
+
+    The weights are views of the mapped file. With another dtype or device they are copied one by one, and
+    the pages read are given back. The file must not be changed in place while it is mapped (`save` and
+    `fastloop convert` never do that). CheckpointError names everything that is wrong.
+    """
+    directory = resolve(path_or_name)
+    absent = [name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (directory / name).is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{directory}: no {', no '.join(absent)}; a checkpoint of another format has to go through "
+            "`fastloop convert` first"
+        )
+    wanted = None if dtype is None else as_dtype(dtype)
+    config = _read_config(directory)
+    shapes = weight_shapes(config)
+    tokenizer = parse_tokenizer(read_tokenizer(directory / TOKENIZER), str(directory / TOKENIZER))
+    with _open(directory / WEIGHTS) as file:
+        entries = read_header(file, str(directory / WEIGHTS))
+        found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+        refuse(str(directory), weight_problems(shapes, found) + tokenizer_problems(config, tokenizer))
+        mapped = MappedTensors(file, entries)
+    stored, place = entries["decoder.embed.weight"].dtype, torch.device(device)
+    if place.type == "cpu" and wanted in (None, stored):
+        weights = {name: mapped.view(name) for name in shapes}
+    else:
+        weights = {name: mapped.copy(name, wanted or stored, place) for name in shapes}
+    return Model(config, weights, tokenizer)
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from error
+
+
+def save(
+    directory: str | Path, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer_json: str
+) -> Path:
+    """Write a checkpoint into a new directory; it is there whole or not at all.
+
+    The weights have the names and shapes of `encoder_shapes | decoder_shapes` and one dtype, on any
+    device. CheckpointError names everything that is wrong with them, and an existing directory is refused.
+    """
+    shapes = weight_shapes(config)
+    found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
+    tokenizer = parse_tokenizer(tokenizer_json, "tokenizer_json")
+    refuse("this model", weight_problems(shapes, found) + tokenizer_problems(config, tokenizer))
+    dtype = found["decoder.embed.weight"][0]
+    return write_checkpoint(directory, config, dtype, (weights[name] for name in shapes), tokenizer_json)
+
+
+def write_checkpoint(
+    directory: str | Path,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    tensors: Iterable[Tensor],
+    tokenizer_json: str,
+) -> Path:
+    """Write tensors, in the order of `weight_shapes`, as they come; the directory appears when all are."""
+    shapes = weight_shapes(config)
+    described = {"format": FORMAT, "model": json.loads(config.to_json())}
+    size = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize + len(tokenizer_json.encode())
+    with new_directory(Path(directory), size) as partial:
+        write_tensors(partial / WEIGHTS, dtype, shapes, tensors)
+        write_text(partial / TOKENIZER, tokenizer_json)
+        write_text(partial / CONFIG, json.dumps(described, indent=2, sort_keys=True) + "\n")
+    return Path(directory)
