@@ -53,7 +53,7 @@ def build(items: list[Item]) -> StepBatch:
     ]
     spans = [np.arange(first, first + len(tokens)) for first, tokens in audio]
     drawn = [
-        (item, start + len(item.ids) - 1) for item, start in zip(items, starts, strict=False) if item.samples
+        (item, start + len(item.ids) - 1) for item, start in zip(items, starts, strict=False) if item.draws
     ]
     configs = [item.session.config for item, _ in drawn]
     return StepBatch(
@@ -85,7 +85,7 @@ def commit(items: list[Item], result: StepResult) -> list[Chunk]:
     decided: list[Chunk] = []
     row, draw = 0, 0
     for item in items:
-        if item.samples:
+        if item.draws:
             item.session._commit_text(item, result.drawn[draw])
             draw += 1
         else:

@@ -13,9 +13,11 @@ engine's step and is touched only under its step lock.
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,15 +55,15 @@ class Item:
 
     session: Session
     epoch: int
-    position: int  # RoPE position of the first row
-    before: int  # the sequence's end before this item
-    slots: np.ndarray  # int64, KV slot of each row
-    ids: list[int]
+    ids: list[int] = field(default_factory=list)
     audio: list[tuple[int, Tensor]] = field(default_factory=list)  # (first row, tokens [A, D])
     chunks: list[Chunk] = field(default_factory=list)
     chunk_rows: list[int] = field(default_factory=list)
     decide_rows: list[int] = field(default_factory=list)
-    samples: bool = False  # the last row draws a token
+    draws: bool = False  # the last row draws a token
+    position: int = 0  # RoPE position of the first row
+    before: int = 0  # the sequence's end before this item
+    slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # of each row
 
 
 class Session:
@@ -248,39 +250,37 @@ class Session:
 
     def _plan_text(self) -> Item:
         """RESPONDING: the last drawn token (or a whole clip's prompt) in, the next token out."""
-        item = self._item(list(self._pending))
-        item.samples = True
-        if self._clip is not None:
-            item.audio = [(1, self._clip)]  # behind AUDIO_BEGIN
-        return item
+        audio = [] if self._clip is None else [(1, self._clip)]  # behind AUDIO_BEGIN
+        return self._place(Item(self, self._epoch, ids=list(self._pending), audio=audio, draws=True))
 
     def _plan_listening(self, row_budget: int) -> Item:
         """As many queued chunks as fit, silence assumed between them."""
-        rows, audio, decide_rows, chunk_rows, chunks = [], [], [], [], []
-        pending, units = self._pending, list(self._units)
-        block = listening_ids(self._model)
-        for chunk in list(self._perceived)[: self.config.speculative_chunks]:
+        item = Item(self, self._epoch)
+        pending, block = self._pending, listening_ids(self._model)
+        room = math.inf if self._window is None else self._window + self._slack
+        total = self._kv.tokens
+        for chunk in islice(self._perceived, self.config.speculative_chunks):
             count = len(pending) + len(block)
-            overdue = units_to_drop(units, count, self._window, self._slack)
-            if chunks and (overdue or len(rows) + count > row_budget):
+            overdue = total + count > room
+            if item.chunks and (overdue or len(item.ids) + count > row_budget):
                 break
             if overdue:
-                self._drop_units(overdue)
-                units = units[overdue:]
-            rows += [*pending, *block]
-            decide_rows.append(len(rows) - 1)
-            audio.append((len(rows) - 1 - self._model.chunk_tokens, chunk.tokens))
-            chunk_rows.append(count)
-            chunks.append(chunk)
-            units.append(count)
+                self._drop_units(units_to_drop(self._units, count, self._window, self._slack))
+                total = self._kv.tokens
+            item.ids += [*pending, *block]
+            item.decide_rows.append(len(item.ids) - 1)
+            item.audio.append((len(item.ids) - 1 - self._model.chunk_tokens, chunk.tokens))
+            item.chunk_rows.append(count)
+            item.chunks.append(chunk)
+            total += count
             pending = [self._model.tokens.keep_silence]
-        item = self._item(rows)
-        item.audio, item.decide_rows, item.chunks, item.chunk_rows = audio, decide_rows, chunks, chunk_rows
-        return item
+        return self._place(item)
 
-    def _item(self, ids: list[int]) -> Item:
-        position, before = self._kv.position, self._kv.end
-        return Item(self, self._epoch, position, before, self._kv.extend(len(ids)), ids)
+    def _place(self, item: Item) -> Item:
+        """Take the KV slots of an item's rows; CapacityError leaves the sequence as it was."""
+        item.position, item.before = self._kv.position, self._kv.end
+        item.slots = self._kv.extend(len(item.ids))
+        return item
 
     def _plan_clip(self, tokens: Tensor) -> None:
         """Offline: tokens [n, D] of the whole clip become the rows of the first text step."""

@@ -56,7 +56,8 @@ def decide_ref(
     margin = (logits[:, 1] - logits[:, 0]).double()
     p = margin.sigmoid()
     finite, chances, owners = logits.isfinite().all(-1).tolist(), p.tolist(), slots.tolist()
-    policies, states = policy.tolist(), {z: state[z].tolist() for z in set(owners)}
+    used = sorted(set(owners))
+    policies, states = (dict(zip(used, t[used].tolist(), strict=True)) for t in (policy, state))
     ended: set[int] = set()
     decisions = []
     for row, owner in enumerate(owners):
@@ -66,8 +67,8 @@ def decide_ref(
             if decision != SILENT:
                 ended.add(owner)
         decisions.append(decision)
-    for z, values in states.items():
-        state[z] = torch.tensor(values, dtype=state.dtype)
+    if used:
+        state[used] = torch.tensor([states[z] for z in used], dtype=state.dtype, device=state.device)
     return p.float(), torch.tensor(decisions, dtype=torch.int32, device=x.device)
 
 

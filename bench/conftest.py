@@ -1,0 +1,24 @@
+"""Options shared by the benchmarks. Run: pytest bench --benchmark-only [--size 3b] [--threads N]."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastloop.config import ModelConfig, published_3b, small
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--size", choices=("small", "3b"), default="small", help="dims of the benchmarked model")
+    parser.addoption("--threads", type=int, default=1, help="torch threads")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def threads(request: pytest.FixtureRequest) -> None:
+    torch.set_num_threads(request.config.getoption("--threads"))
+
+
+@pytest.fixture(scope="session")
+def config(request: pytest.FixtureRequest) -> ModelConfig:
+    """The dims chosen by --size."""
+    return published_3b() if request.config.getoption("--size") == "3b" else small()

@@ -1,0 +1,439 @@
+"""Sessions as their callers see them: isolation, cancel, close, capacity, back-pressure, snapshots."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastloop.checkpoint import Model
+from fastloop.engine import Engine, StepItem
+from fastloop.errors import CapacityError, FastloopError, QueueFullError, SessionClosedError, SnapshotError
+from fastloop.options import DecisionPolicy, EngineConfig, Sampling, SessionConfig
+from fastloop.testing.cases import random_model, random_sound
+from fastloop.testing.drive import Script, chances, comparable, expected, lively_policy, run_engine
+
+ALWAYS = DecisionPolicy(threshold=0.0)
+NEVER = DecisionPolicy(threshold=1.0)
+CHUNK = 6400
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return random_model(seed=3)
+
+
+@pytest.fixture(scope="module")
+def policy(model: Model) -> DecisionPolicy:
+    return lively_policy(model)
+
+
+def check_clean(engine: Engine) -> None:
+    engine.check()
+    assert engine.cache.allocator.used == 0, "closing every session must free every page"
+    assert engine.cache.allocator.promised == 0
+
+
+# ---- isolation ---------------------------------------------------------------------------------------
+
+
+@settings(max_examples=8)
+@given(others=st.integers(1, 6), seed=st.integers(0, 1000))
+def test_a_session_is_the_same_alone_and_in_any_batch(
+    model: Model, policy: DecisionPolicy, others: int, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    config = SessionConfig(policy=policy, sampling=Sampling(0.9), seed=seed, max_response_tokens=10)
+    mine = Script(config, random_sound(3.2, seed), push_samples=int(rng.integers(100, 9000)))
+    crowd = [
+        Script(
+            SessionConfig(policy=policy, sampling=Sampling(1.2), seed=i, max_response_tokens=20),
+            random_sound(0.4 * int(rng.integers(1, 12)), 1000 + i),
+            start_step=int(rng.integers(0, 6)),
+        )
+        for i in range(others)
+    ]
+    alone = run_engine(Engine(model), [mine])[0]
+    crowded = run_engine(Engine(model), [crowd[0], mine, *crowd[1:]])[1]
+    assert comparable(alone) == comparable(crowded)
+    assert np.abs(chances(alone) - chances(crowded)).max() <= 1e-5
+
+
+def test_nan_in_one_sessions_state_fails_that_session_alone(model: Model) -> None:
+    engine = Engine(model)
+    sick, well = engine.open(SessionConfig(policy=NEVER)), engine.open(SessionConfig(policy=NEVER))
+    for session in (sick, well):
+        session.push(random_sound(0.4))
+    engine.run_until_idle()
+    engine.cache.k_pages[:, sick._kv.pages] = float("nan")
+    for session in (sick, well):
+        session.push(random_sound(0.4, 1))
+    engine.run_until_idle()
+    assert [e.type for e in sick.poll()] == ["decision", "failed", "closed"]
+    assert [e.type for e in well.poll()] == ["decision", "decision"]
+    with pytest.raises(SessionClosedError, match="not finite"):
+        sick.push(random_sound(0.4))
+    well.close()
+    check_clean(engine)
+    reused = engine.open(SessionConfig(policy=NEVER))  # the NaN pages serve again
+    reused.push(random_sound(2.0))
+    engine.run_until_idle()
+    assert np.isfinite(chances(reused.poll())).all()
+
+
+# ---- cancel ------------------------------------------------------------------------------------------
+
+
+def test_cancel_withdraws_text_and_listening_goes_on(model: Model) -> None:
+    engine = Engine(model)
+    session = engine.open(
+        SessionConfig(policy=DecisionPolicy(0.0, min_gap_s=60), sampling=Sampling(2.0), seed=1)
+    )
+    session.push(random_sound(1.2))
+    for _ in range(8):
+        engine.step()
+    assert session.responding
+    assert session.cancel() and not session.cancel(), "cancel is idempotent"
+    events = session.poll()
+    assert [e.type for e in events] == ["decision", "response.start", "response.end"]
+    assert events[-1].reason == "interrupt" and events[-1].text, "the end carries what had been said"
+    assert [e.epoch for e in events] == [0, 0, 1]
+    engine.run_until_idle()
+    assert [(e.type, e.epoch) for e in session.poll()] == [("decision", 1), ("decision", 1)]
+
+
+def test_cancel_while_listening_does_nothing(model: Model) -> None:
+    engine = Engine(model)
+    session = engine.open()
+    assert not session.cancel()
+    session.close()
+    assert not session.cancel()
+
+
+def test_cancel_during_a_step_is_fenced(model: Model) -> None:
+    """The cancel comes while the model runs: nothing of the old epoch comes out afterwards."""
+    engine = Engine(model)
+    session = engine.open(SessionConfig(policy=ALWAYS, sampling=Sampling(2.0)))
+    session.push(random_sound(0.4))
+    for _ in range(4):
+        engine.step()
+    step, runner = engine.runner.step, engine.runner
+
+    def cancel_inside(batch: object) -> object:
+        assert session.cancel()
+        runner.step = step  # type: ignore[method-assign]
+        return step(batch)  # type: ignore[arg-type]
+
+    runner.step = cancel_inside  # type: ignore[method-assign,assignment]
+    session.poll()
+    engine.step()
+    assert [e.type for e in session.poll()] == ["response.end"]
+    session.push(random_sound(0.4))
+    engine.step()
+    assert [e.type for e in session.poll()][:1] == ["decision"]
+
+
+# ---- close and bounds ----------------------------------------------------------------------------------
+
+
+def test_push_after_close_and_double_close(model: Model) -> None:
+    engine = Engine(model)
+    session = engine.open()
+    session.push(random_sound(1.0))
+    session.close()
+    session.close()
+    for call in (lambda: session.push(random_sound(0.1)), session.flush, session.snapshot):
+        with pytest.raises(SessionClosedError, match="closed; open another"):
+            call()
+    assert [e.type for e in session.poll()] == ["closed"]
+    check_clean(engine)
+
+
+def test_close_from_another_thread_during_a_step(model: Model) -> None:
+    engine = Engine(model)
+    session, other = engine.open(SessionConfig(policy=NEVER)), engine.open(SessionConfig(policy=NEVER))
+    for s in (session, other):
+        s.push(random_sound(0.4))
+    step = engine.runner.step
+
+    def close_inside(batch: object) -> object:
+        thread = threading.Thread(target=session.close)
+        thread.start()
+        thread.join(timeout=10)
+        assert not thread.is_alive(), "close must not wait for the model"
+        return step(batch)  # type: ignore[arg-type]
+
+    engine.runner.step = close_inside  # type: ignore[method-assign,assignment]
+    engine.step()
+    assert session.closed and [e.type for e in session.poll()][-1] == "closed"
+    assert [e.type for e in other.poll()] == ["decision"]
+    other.close()
+    check_clean(engine)
+
+
+def test_queue_bound_refuses_the_whole_push(model: Model) -> None:
+    engine = Engine(model)
+    session = engine.open(SessionConfig(max_queued_s=1.0, policy=NEVER))
+    assert session.push(random_sound(0.9)) == pytest.approx(0.9)
+    with pytest.raises(QueueFullError, match="nothing was taken"):
+        session.push(random_sound(0.2))
+    assert session.queued_seconds == pytest.approx(0.9)
+    engine.run_until_idle()
+    assert session.queued_seconds == pytest.approx(0.1)
+    session.push(random_sound(0.9))
+
+
+@pytest.mark.parametrize(
+    ("pcm", "error", "match"),
+    [
+        (np.array([0.0, np.nan], np.float32), ValueError, "1"),
+        (np.array([np.inf], np.float32), ValueError, "0"),
+        (np.float32(0.0), ValueError, "dimension|0-d|1-D"),
+        (np.zeros((2, 2, 2), np.float32), ValueError, "dimension|3-d|1-D"),
+        (np.zeros(4, np.complex64), TypeError, "complex64"),
+        (np.zeros(4, np.uint8), TypeError, "uint8"),
+        ("sound.wav", TypeError, "str"),
+    ],
+)
+def test_push_refuses_what_is_not_sound(
+    model: Model, pcm: object, error: type[Exception], match: str
+) -> None:
+    session = Engine(model).open()
+    with pytest.raises(error, match=match):
+        session.push(pcm)
+    assert session.queued_seconds == 0
+
+
+@pytest.mark.parametrize("rate", [0, -1, float("nan"), "16000", True, 10**9])
+def test_push_refuses_rates(model: Model, rate: object) -> None:
+    session = Engine(model).open()
+    with pytest.raises((ValueError, TypeError), match="rate"):
+        session.push(random_sound(0.1), sample_rate=rate)  # type: ignore[arg-type]
+    assert session.queued_seconds == 0
+
+
+def test_empty_push_and_flush_of_nothing(model: Model) -> None:
+    engine = Engine(model)
+    session = engine.open()
+    assert session.push(np.zeros(0, np.float32)) == 0
+    session.flush()
+    assert engine.run_until_idle() == 0 and session.poll() == []
+
+
+def test_flush_decides_a_partial_chunk_once(model: Model) -> None:
+    engine = Engine(model)
+    for edge in ("reflect", "wait"):
+        session = engine.open(SessionConfig(policy=NEVER, edge=edge))
+        session.push(random_sound(0.5))
+        session.flush()
+        session.flush()
+        engine.run_until_idle()
+        assert [e.t for e in session.poll()] == pytest.approx([0.4, 0.8]), edge
+        session.push(random_sound(0.4))
+        session.flush()
+        engine.run_until_idle()
+        assert [e.t for e in session.poll()] == pytest.approx([1.2]), edge
+        session.close()
+
+
+def test_unpolled_events_hold_the_session_back_and_lose_nothing(model: Model) -> None:
+    engine = Engine(model)
+    session = engine.open(SessionConfig(policy=NEVER, max_events=8, speculative_chunks=4))
+    session.push(random_sound(12.0))
+    engine.run_until_idle()
+    held = len(session.poll())
+    assert 8 <= held < 8 + 4
+    total = held
+    while engine.run_until_idle():
+        total += len(session.poll())
+    assert total == 30
+
+
+# ---- capacity ----------------------------------------------------------------------------------------
+
+
+def test_open_refuses_beyond_the_slots_and_beyond_the_pages(model: Model) -> None:
+    engine = Engine(model, EngineConfig(max_sessions=2))
+    first = engine.open()
+    second = engine.open()
+    with pytest.raises(CapacityError, match="max_sessions"):
+        engine.open()
+    first.push(random_sound(0.4))
+    engine.run_until_idle()
+    assert len(first.poll()) >= 1
+    second.close()
+    engine.open().close()
+    tight = Engine(model, EngineConfig(max_sessions=9, kv_pages=60))
+    opened = []
+    with pytest.raises(CapacityError, match=r"KV pool exhausted.*kv_pages"):
+        while True:
+            opened.append(tight.open())
+    assert opened and tight.stats()["sessions_rejected"] == 1
+    for session in opened:
+        session.push(random_sound(8.0))
+    tight.run_until_idle()
+    assert all(len(chances(s.poll())) == 20 for s in opened), "admitted sessions keep their promise"
+    tight.close()
+    check_clean(tight)
+
+
+def test_sessions_without_a_window_stall_and_resume(model: Model) -> None:
+    """No promise was made: the pool runs out, the session waits, nobody loses anything."""
+    engine = Engine(model, EngineConfig(max_sessions=3, kv_pages=8, page_tokens=16))
+    free = SessionConfig(policy=NEVER, window_s=None, speculative_chunks=1)
+    first, second = engine.open(free), engine.open(free)
+    for session in (first, second):
+        session.push(random_sound(4.0))
+    engine.run_until_idle()
+    stalled = [s for s in (first, second) if s.stalled]
+    assert stalled and engine.stats()["stalled"] == len(stalled)
+    seen = {s.id: s.poll() for s in (first, second)}
+    assert sum(e.type == "stalled" for e in seen[stalled[0].id]) == 1
+    before = len(chances(seen[stalled[0].id]))
+    other = second if stalled[0] is first else first
+    other.close()
+    engine.run_until_idle()
+    after = stalled[0].poll()
+    got = [*seen[stalled[0].id], *after]
+    assert len(chances(got)) > before
+    want = expected(model, Script(free, random_sound(4.0)))[: len(chances(got))]
+    assert comparable([e for e in got if e.type == "decision"]) == comparable(want)
+    engine.close()
+    check_clean(engine)
+
+
+def test_engine_failure_is_reported_and_keeps_the_books(model: Model) -> None:
+    engine = Engine(model)
+    session = engine.open()
+    session.push(random_sound(0.4))
+
+    def broken(batch: object) -> object:
+        raise RuntimeError("no such kernel")
+
+    engine.runner.step = broken  # type: ignore[method-assign,assignment]
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        engine.step()
+    assert engine.health()["status"] == "failed" and "no such kernel" in engine.health()["reason"]
+    with pytest.raises(FastloopError, match="no such kernel"):
+        engine.step()
+    engine.check()
+    engine.close()
+    check_clean(engine)
+
+
+def test_drain_works_off_the_queue_and_admits_no_more(model: Model) -> None:
+    engine = Engine(model)
+    session = engine.open(SessionConfig(policy=NEVER))
+    session.push(random_sound(2.0))
+    engine.drain()
+    assert len(session.poll()) == 5
+    with pytest.raises(CapacityError, match="draining"):
+        engine.open()
+    assert engine.health()["status"] == "draining"
+
+
+# ---- snapshot, restore, fork ---------------------------------------------------------------------------
+
+
+@settings(max_examples=10)
+@given(data=st.data(), cut=st.integers(0, 60), window=st.sampled_from([None, 60.0, 1.6]))
+def test_restore_and_fork_continue_as_if_nothing_had_happened(
+    model: Model, policy: DecisionPolicy, data: st.DataObject, cut: int, window: float | None
+) -> None:
+    """Cut anywhere, also inside a response and with sound queued: both copies equal the plain loop."""
+    config = SessionConfig(
+        policy=policy, window_s=window, sampling=Sampling(0.9), seed=7, max_response_tokens=12
+    )
+    pcm = random_sound(6.0, seed=21)
+    script = Script(config, pcm)
+    engine = Engine(model, EngineConfig(max_sessions=2, kv_pages=300))
+    session = engine.open(config)
+    split = data.draw(st.integers(0, len(pcm)))
+    session.push(pcm[:split])
+    for _ in range(cut):
+        engine.step()
+    heard = session.poll() if data.draw(st.booleans()) else []
+    elsewhere = Engine(model, EngineConfig(max_sessions=1, kv_pages=300, page_tokens=16))
+    want = expected(model, script)
+    for target, copy in ((engine, session.fork()), (elsewhere, elsewhere.restore(session.snapshot()))):
+        copy.push(pcm[split:])
+        target.run_until_idle()
+        got = heard + copy.poll()
+        assert comparable(got) == comparable(want)
+        assert np.abs(chances(got) - chances(want)).max() <= 1e-5
+        assert [e.seq for e in got] == list(range(len(got)))
+        copy.close()
+    session.push(pcm[split:])
+    engine.run_until_idle()
+    assert comparable(heard + session.poll()) == comparable(want), "the original goes on untouched"
+    engine.close()
+    check_clean(engine)
+
+
+def test_damaged_and_foreign_snapshots_are_refused(model: Model) -> None:
+    engine = Engine(model)
+    session = engine.open()
+    session.push(random_sound(1.0))
+    engine.run_until_idle()
+    data = session.snapshot()
+    open_before = len(engine._sessions)
+    for bad in (b"", b"junk", data[:-7], data[:40], data[:8] + b"x" * 50 + data[58:]):
+        with pytest.raises(SnapshotError, match="take a new one"):
+            engine.restore(bad)
+    other = Engine(random_model(seed=4))
+    with pytest.raises(SnapshotError, match="belongs to model"):
+        other.restore(data)
+    assert len(engine._sessions) == open_before
+    session.close()
+    check_clean(engine)
+
+
+# ---- callers that own the loop -----------------------------------------------------------------------
+
+
+def test_step_batch_equals_sessions_and_isolates_bad_items(model: Model, policy: DecisionPolicy) -> None:
+    engine = Engine(model)
+    config = SessionConfig(policy=policy, max_response_tokens=6)
+    sounds = {name: random_sound(2.0, seed=i) for i, name in enumerate("abc")}
+    heard: dict[str, list] = {name: [] for name in sounds}
+    for start in range(0, 5 * CHUNK, CHUNK):
+        items = [
+            StepItem(n, pcm[start : start + CHUNK], start == 0, start == 4 * CHUNK, config=config)
+            for n, pcm in sounds.items()
+        ]
+        bad = (
+            StepItem("c", np.array([np.nan], np.float32))
+            if start == CHUNK
+            else StepItem("nobody", sounds["a"])
+        )
+        results = engine.step_batch([*items, bad])
+        assert results[-1][1][-1].type == "rejected"
+        for name, events in results[:-1]:
+            heard[str(name)] += events
+    for name, pcm in sounds.items():
+        want = expected(model, Script(config, pcm))
+        assert comparable(heard[name]) == comparable(want)
+        assert heard[name][-1].type == "closed"
+    check_clean(engine)
+
+
+def test_stats_and_memory_plan(model: Model) -> None:
+    engine = Engine(model)
+    session = engine.open(SessionConfig(policy=NEVER))
+    session.push(random_sound(2.0))
+    engine.run_until_idle()
+    stats = engine.stats()
+    assert stats["chunks"] == 5 and stats["sessions"] == 1 and stats["queued_seconds"] == 0
+    assert 0 < stats["latency_seconds"]["p50"] <= stats["latency_seconds"]["max"]
+    plan = engine.memory_plan(8)
+    pool = engine.cache.k_pages.nbytes + engine.cache.v_pages.nbytes
+    assert plan.weights_bytes == sum(w.nbytes for w in model.weights.values())
+    assert plan.sessions * plan.kv_bytes_per_session <= pool * 1.2
+    assert plan.total_bytes > plan.weights_bytes
+    assert dataclasses.replace(plan, sessions=9).total_bytes - plan.total_bytes == plan.kv_bytes_per_session
+    assert torch.is_inference_mode_enabled() is False
