@@ -96,7 +96,7 @@ class AsyncEngine:
                 busy = self.engine.step()
             except Exception as error:  # the model failed: tell every session, never hang
                 for session in list(self.engine._sessions.values()):
-                    session._outbox.emit(
+                    session.stream.outbox.emit(
                         Failed, message=f"the engine failed: {type(error).__name__}: {error}"
                     )
                     session.close()

@@ -30,6 +30,7 @@ from ..text import prefix_ids
 from . import perceive, scheduler, snapshot
 from .kv_cache import KVCache, KVSequence, pages_for
 from .memory import MemoryPlan, memory_plan, session_pages
+from .protocol import Stream
 from .runner import EagerRunner, Runner
 from .session import Session
 from .stats import Counters
@@ -160,14 +161,15 @@ class Engine:
         self.runner.open(slot)
         self._decisions.reset(slot, config.policy, self.model.config.chunk_seconds)
         kv = KVSequence(self.cache, lease, prefix.pages, prefix.length)
-        session = Session(self, self._next_id, slot, config, kv)
+        stream = Stream(self.model, self._next_id, slot, config, kv, lambda: session.close())
+        session = Session(self, stream)
         self._sessions[session.id] = session
         self._next_id += 1
         self.counters.sessions_opened += 1
         return session
 
     def _close(self, session: Session) -> None:
-        if session._outbox.close():
+        if session.stream.outbox.close():
             with self._closing_lock:
                 self._closing.add(session)
         self._reap()
@@ -191,11 +193,11 @@ class Engine:
         """Under the step lock: pages, slot and prefix of a session go back. Idempotent."""
         if self._sessions.pop(session.id, None) is None:
             return
-        session._kv.lease.close()
-        freed = set(self.cache.allocator.release(session._kv.prefix_pages))
+        session.stream.kv.lease.close()
+        freed = set(self.cache.allocator.release(session.stream.kv.prefix_pages))
         if freed:
             self._prefixes = {k: p for k, p in self._prefixes.items() if not freed & set(p.pages)}
-        self._free_slots.append(session._slot)
+        self._free_slots.append(session.stream.slot)
 
     # ---- the step ------------------------------------------------------------------------------------
 
@@ -275,14 +277,14 @@ class Engine:
         return None
 
     def _decode(self) -> int:
-        items = scheduler.plan(self._sessions.values(), self.config.max_step_rows)
+        items = scheduler.plan(self._streams(), self.config.max_step_rows)
         if not items:
             return 0
         try:
             result = self.runner.step(scheduler.build(items))
         except BaseException:
             for item in items:
-                item.session._undo(item)
+                item.stream.undo(item)
             raise
         decided = scheduler.commit(items, result)
         now = time.monotonic()
@@ -292,6 +294,9 @@ class Engine:
         self.counters.rows += sum(len(item.ids) for item in items)
         self.counters.steps += 1
         return len(items)
+
+    def _streams(self) -> list[Stream]:
+        return [session.stream for session in list(self._sessions.values())]
 
     def _notify(self) -> None:
         self.work.set()
@@ -339,7 +344,7 @@ class Engine:
         """The page books against what the sessions say; AssertionError where they differ."""
         with self._step_lock:
             self._reap_held()
-            self.cache.allocator.check([s._kv.prefix_pages for s in self._sessions.values()])
+            self.cache.allocator.check([s.stream.kv.prefix_pages for s in self._sessions.values()])
 
     def __enter__(self) -> Engine:
         return self

@@ -54,12 +54,15 @@ class Inbox:
             return self.waiting / SAMPLE_RATE + backlog_s
 
     def flush(self) -> None:
-        """Complete a partial chunk with zeros so that all sound so far is decided. Nothing new: nothing."""
+        """Complete a partial chunk with zeros so that the sound so far is decided. Nothing new: nothing.
+
+        With a lead, the last 2.5 ms of sound may have served as lookahead only.
+        """
         with self.lock:
             if self.resampler is not None:
                 self._append(self.resampler.flush())
             if self.received > self.flushed:
-                chunks = -(-self.received // self.chunk_samples)
+                chunks = max(1, -(-(self.received - self.lead_samples) // self.chunk_samples))
                 missing = chunks * self.chunk_samples + self.lead_samples - self.received
                 self._append(np.zeros(missing, dtype=np.float32))
                 self.flushed = self.received

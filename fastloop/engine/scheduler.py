@@ -12,23 +12,23 @@ from itertools import accumulate
 
 import numpy as np
 
+from .protocol import Chunk, Item, Stream
 from .runner import StepBatch, StepResult
-from .session import Chunk, Item, Session
 
 
-def plan(sessions: Iterable[Session], max_rows: int) -> list[Item]:
+def plan(streams: Iterable[Stream], max_rows: int) -> list[Item]:
     """The items of the next step, longest wait first; their KV slots are taken."""
-    ready = [(since, s.id, s) for s in sessions if (since := s._ready_since) is not None]
+    ready = [(since, s.id, s) for s in streams if (since := s.ready_since) is not None]
     items: list[Item] = []
     budget = max_rows
-    for _, _, session in sorted(ready, key=lambda entry: entry[:2]):
+    for _, _, stream in sorted(ready, key=lambda entry: entry[:2]):
         if budget <= 0:
             break
-        item = session._plan(budget)
+        item = stream.plan(budget)
         if item is None:
             continue
         if items and len(item.ids) > budget:
-            session._undo(item)
+            stream.undo(item)
             break
         items.append(item)
         budget -= len(item.ids)
@@ -39,10 +39,10 @@ def build(items: list[Item]) -> StepBatch:
     """Items -> one ragged batch of host arrays."""
     counts = [len(item.ids) for item in items]
     starts = list(accumulate(counts, initial=0))
-    tables = [item.session._kv.table for item in items]
+    tables = [item.stream.kv.table for item in items]
     width = max(map(len, tables))
     decide = [
-        (start + row, item.session._slot)
+        (start + row, item.stream.slot)
         for item, start in zip(items, starts, strict=False)
         for row in item.decide_rows
     ]
@@ -55,7 +55,7 @@ def build(items: list[Item]) -> StepBatch:
     drawn = [
         (item, start + len(item.ids) - 1) for item, start in zip(items, starts, strict=False) if item.draws
     ]
-    configs = [item.session.config for item, _ in drawn]
+    configs = [item.stream.config for item, _ in drawn]
     return StepBatch(
         ids=np.array([i for item in items for i in item.ids], dtype=np.int64),
         positions=np.concatenate(
@@ -64,14 +64,14 @@ def build(items: list[Item]) -> StepBatch:
         slots=np.concatenate([item.slots for item in items]),
         row_starts=np.array(starts, dtype=np.int32),
         block_table=np.array([t + [0] * (width - len(t)) for t in tables], dtype=np.int32),
-        kv_lens=np.array([item.session._kv.kv_len for item in items], dtype=np.int32),
-        gaps=np.array([item.session._kv.gap for item in items], dtype=np.int32),
+        kv_lens=np.array([item.stream.kv.kv_len for item in items], dtype=np.int32),
+        gaps=np.array([item.stream.kv.gap for item in items], dtype=np.int32),
         audio_rows=np.concatenate([*spans, np.empty(0, dtype=np.int64)]),
         audio=[tokens for _, tokens in audio],
         decide_rows=np.array([row for row, _ in decide], dtype=np.int64),
         decide_slots=np.array([slot for _, slot in decide], dtype=np.int64),
         draw_rows=np.array([row for _, row in drawn], dtype=np.int64),
-        draw_phase=np.array([item.session._text_phase for item, _ in drawn], dtype=np.int64),
+        draw_phase=np.array([item.stream.text_phase for item, _ in drawn], dtype=np.int64),
         temperature=np.array([c.sampling.temperature for c in configs], dtype=np.float32),
         top_k=np.array([c.sampling.top_k for c in configs], dtype=np.int64),
         top_p=np.array([c.sampling.top_p for c in configs], dtype=np.float32),
@@ -86,11 +86,11 @@ def commit(items: list[Item], result: StepResult) -> list[Chunk]:
     row, draw = 0, 0
     for item in items:
         if item.draws:
-            item.session._commit_text(item, result.drawn[draw])
+            item.stream.commit_text(item, result.drawn[draw])
             draw += 1
         else:
             end = row + len(item.decide_rows)
-            decided += item.session._commit_listening(
+            decided += item.stream.commit_listening(
                 item, result.decisions[row:end], result.p_respond[row:end]
             )
             row = end

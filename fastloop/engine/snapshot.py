@@ -44,37 +44,38 @@ class SnapshotState:
 
 def dump(session: Session) -> bytes:
     """Serialise a session that no step is touching."""
-    inbox, outbox = session._inbox, session._outbox
+    engine, stream = session._engine, session.stream
+    inbox, outbox = stream.inbox, stream.outbox
     with outbox.lock:
         said = {
             "events": [event.to_dict() for event in outbox.events],
             **{name: getattr(outbox, name) for name in _OUTBOX},
         }
-    keys, values = session._kv.export()
+    keys, values = stream.kv.export()
     pcm = torch.from_numpy(inbox.pending())
     tensors = {"keys": keys, "values": values, "pcm": pcm}
-    if session._perceived:
-        tensors["perceived"] = torch.stack([chunk.tokens for chunk in session._perceived])
-    if session._clip is not None:
-        tensors["clip"] = session._clip
-    engine, slot = session._engine, session._slot
+    if stream.perceived:
+        tensors["perceived"] = torch.stack([chunk.tokens for chunk in stream.perceived])
+    if stream.clip is not None:
+        tensors["clip"] = stream.clip
+    slot = stream.slot
     tensors |= {f"mel.{name}": t for name, t in engine._mel.export(slot).items()}
     tensors["decision"] = engine._decisions.state[slot].clone()
     state = {
         "config": dataclasses.asdict(session.config),
-        "session": {name: _plain(getattr(session, "_" + name)) for name in _SESSION},
-        "text": session._text.export() if session._text else None,
+        "stream": {name: _plain(getattr(stream, name)) for name in _STREAM},
+        "text": stream.text.export() if stream.text else None,
         "outbox": said,
         "inbox": {"received": inbox.received, "flushed": inbox.flushed},
         "resampler": inbox.resampler.export() if inbox.resampler else None,
-        "start": session._kv.start,
+        "start": stream.kv.start,
     }
     header = {"format": FORMAT, "model": engine.model.fingerprint, "state": json.dumps(state)}
     return to_bytes({name: t.contiguous() for name, t in tensors.items()}, metadata=header)
 
 
 _OUTBOX = ("seq", "epoch", "speaking", "started", "t")
-_SESSION = ("phase", "pending", "primed", "heard", "decided", "units", "epoch", "spoken", "flushed_clip")
+_STREAM = ("phase", "pending", "primed", "heard", "decided", "units", "epoch", "spoken", "clip_complete")
 
 
 def _plain(value: Any) -> Any:
@@ -108,35 +109,36 @@ def parse(data: bytes, model: Model) -> SnapshotState:
 
 def fill(session: Session, state: SnapshotState) -> None:
     """Bring a freshly admitted session to the snapshot's state."""
-    from .session import Chunk
+    from .protocol import Chunk
 
     values, tensors = state.values, state.tensors
-    engine, slot = session._engine, session._slot
+    engine, stream = session._engine, session.stream
+    slot = stream.slot
     try:
-        for name, value in values["session"].items():
-            setattr(session, "_" + name, deque(value) if name == "units" else value)
+        for name, value in values["stream"].items():
+            setattr(stream, name, deque(value) if name == "units" else value)
         now = time.monotonic()
         waiting = tensors.get("perceived", torch.empty(0))
-        first = session._heard - len(waiting)
-        session._perceived = deque(
+        first = stream.heard - len(waiting)
+        stream.perceived = deque(
             Chunk(first + i, tokens.to(engine.model.device), now) for i, tokens in enumerate(waiting)
         )
-        session._clip = tensors["clip"].to(engine.model.device) if "clip" in tensors else None
+        stream.clip = tensors["clip"].to(engine.model.device) if "clip" in tensors else None
         if values["text"] is not None:
-            session._text = TextStream.restore(engine.model.tokenizer, values["text"])
+            stream.text = TextStream.restore(engine.model.tokenizer, values["text"])
         keys, content = tensors["keys"], tensors["values"]
-        session._kv.load(keys, content, values["start"], engine.model.decoder.inv_freq)
+        stream.kv.load(keys, content, values["start"], engine.model.decoder.inv_freq)
         prefix = "mel."
         engine._mel.load(
             slot, {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         )
         engine._decisions.state[slot] = tensors["decision"].to(engine.model.device)
         for name in _OUTBOX:
-            setattr(session._outbox, name, values["outbox"][name])
-        session._outbox.events = deque(from_dict(event) for event in values["outbox"]["events"])
-        session._inbox.restore(tensors["pcm"].numpy(), **values["inbox"])
+            setattr(stream.outbox, name, values["outbox"][name])
+        stream.outbox.events = deque(from_dict(event) for event in values["outbox"]["events"])
+        stream.inbox.restore(tensors["pcm"].numpy(), **values["inbox"])
         if values["resampler"] is not None:
-            session._inbox.resampler = Resampler.restore(values["resampler"])
+            stream.inbox.resampler = Resampler.restore(values["resampler"])
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise SnapshotError(
             f"restore: the snapshot's content does not fit ({error}); take a new one"

@@ -85,7 +85,7 @@ def run_engine(engine: Engine, scripts: list[Script]) -> list[list[Event]]:
 
 def _cancel_when_due(session: Session, script: Script, events: list[Event]) -> None:
     response = sum(isinstance(e, ResponseEnd) for e in events)
-    if session.responding and session._spoken == script.cancel_after.get(response):
+    if session.responding and session.stream.spoken == script.cancel_after.get(response):
         session.cancel()
 
 

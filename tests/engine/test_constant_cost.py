@@ -43,7 +43,7 @@ def test_two_hours_at_constant_time_and_memory() -> None:
         engine.run_until_idle()
         events += len(session.poll())
         seconds.append(time.thread_time() - began)
-        slots.append(session._kv.kv_len)
+        slots.append(session.stream.kv.kv_len)
         pages.append(engine.cache.allocator.used)
         if i % (pushes // 10) == pushes // 10 - 1:
             gc.collect()
@@ -57,7 +57,9 @@ def test_two_hours_at_constant_time_and_memory() -> None:
     most = options.most_tokens(engine.model.config)
     assert most is not None
     assert max(slots) <= most + 2 * engine.cache.page_tokens, "attention reads more than the window"
-    assert max(pages) <= engine._quota(options) + len(session._kv.prefix_pages), "pages grow with the stream"
-    assert len(session._units) <= 150 + 8 + 1
+    assert max(pages) <= engine._quota(options) + len(session.stream.kv.prefix_pages), (
+        "pages grow with the stream"
+    )
+    assert len(session.stream.units) <= 150 + 8 + 1
     assert statistics.median(seconds[last]) <= 1.5 * statistics.median(seconds[first])
     assert resident[-1] - resident[1] <= 4 << 20, "memory grows with the stream"

@@ -70,7 +70,7 @@ def test_nan_in_one_sessions_state_fails_that_session_alone(model: Model) -> Non
     for session in (sick, well):
         session.push(random_sound(0.4))
     engine.run_until_idle()
-    engine.cache.k_pages[:, sick._kv.pages] = float("nan")
+    engine.cache.k_pages[:, sick.stream.kv.pages] = float("nan")
     for session in (sick, well):
         session.push(random_sound(0.4, 1))
     engine.run_until_idle()
