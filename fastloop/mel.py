@@ -45,12 +45,13 @@ class MelState:
         self.seen.masked_fill_(mask, 0)
 
     def prime(self, slot: int, pcm: Tensor) -> None:
-        """edge="wait": the first 40 samples (float32 [40]) of the stream in `slot`; no frame comes of them."""
+        """edge="wait": the first 40 samples (float32 [40]) of the stream in `slot`; they give no frame."""
         if pcm.shape != (LOOKAHEAD_SAMPLES,):
             raise ValueError(f"MelState.prime: pcm must be [{LOOKAHEAD_SAMPLES}], got {list(pcm.shape)}")
         if int(self.seen[slot]):
             raise ValueError(
-                f"MelState.prime: slot {slot} has seen {int(self.seen[slot])} samples; prime a fresh stream, once"
+                f"MelState.prime: slot {slot} has seen {int(self.seen[slot])} samples; "
+                "prime a fresh stream, once"
             )
         self.tail[slot, -LOOKAHEAD_SAMPLES:] = pcm
         self.seen[slot] = LOOKAHEAD_SAMPLES
@@ -86,7 +87,7 @@ def mel_chunk(
     """
     if pcm.dim() == 2 and pcm.shape[1] % HOP_SAMPLES:
         raise ValueError(f"mel_chunk: a chunk is a multiple of {HOP_SAMPLES} samples, got {pcm.shape[1]}")
-    filters, bands = mel_filters(str(pcm.device))
+    filters, bands = mel_filters(pcm.device)
     return mel(pcm, slots, state.tail, state.peak, state.seen, filters, bands, edge, clamp)
 
 
@@ -106,7 +107,7 @@ def log_mel(pcm: Tensor) -> Tensor:
     if rows.shape[1] < HOP_SAMPLES:
         return pcm.new_empty(*pcm.shape[:-1], 0, MEL_BINS)
     state = MelState.empty(len(rows), pcm.device)
-    filters, bands = mel_filters(str(pcm.device))
+    filters, bands = mel_filters(pcm.device)
     slots = torch.arange(len(rows), device=pcm.device)
     frames = mel(rows, slots, state.tail, state.peak, state.seen, filters, bands)
     return frames if pcm.dim() == 2 else frames[0]

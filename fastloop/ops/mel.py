@@ -12,7 +12,7 @@ of n samples (as often as needed, if n is small).
 edge="reflect": a call of S samples gives the S // 160 frames that begin a new hop in it. The last one lacks
     its last 40 samples, so the mirror stands in for them. The frames equal the last columns of Whisper's
     log-mel of all sound so far: for that, `top` must count the *true* value of the previous call's last
-    frame, which is known by now; it is computed again (41 frames for 40), and `peak` only ever holds true ones.
+    frame, which is known by now; it is computed again (41 frames for 40), and `peak` holds true ones only.
 edge="wait": the stream is 40 samples ahead (MelState.prime), so every frame is true when it is emitted.
 
 Source: openai-whisper `log_mel_spectrogram`; the filterbank is Slaney's (Auditory Toolbox, 1998).
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..config import FFT_SAMPLES, HOP_SAMPLES, MEL_BINS, SAMPLE_RATE
 from .dispatch import check_dims, define
+from .native import register_native, require_native
 
 EDGES = ("reflect", "wait")
 CLAMPS = ("running", "global")
@@ -48,7 +49,7 @@ def _hz_from_mel(mel: Tensor) -> Tensor:
 
 
 @functools.cache
-def mel_filters(device: str = "cpu", bins: int = MEL_BINS) -> tuple[Tensor, Tensor]:
+def mel_filters(device: torch.device | str = "cpu", bins: int = MEL_BINS) -> tuple[Tensor, Tensor]:
     """The filterbank: filters float32 [C, 201] and bands int32 [C, 2], 0 to 8 kHz, each of unit area.
 
     filters[c, j] is zero outside bands[c, 0] <= j < bands[c, 1]. Computed in float64; the triangles are
@@ -74,40 +75,45 @@ def _window(device: torch.device) -> Tensor:
         return torch.hann_window(FFT_SAMPLES, device=device)
 
 
-def check_mel(
-    pcm: Tensor,
-    slots: Tensor,
-    tail: Tensor,
-    peak: Tensor,
-    seen: Tensor,
-    filters: Tensor,
-    bands: Tensor,
-    edge: str,
-    clamp: str,
+_ARGUMENTS = {  # name: (dimensions, dtype)
+    "pcm": ("B S", torch.float32),
+    "slots": ("B", torch.int64),
+    "tail": (f"Z {TAIL_SAMPLES}", torch.float32),
+    "peak": ("Z", torch.float32),
+    "seen": ("Z", torch.int64),
+    "filters": (f"C {COLUMNS}", torch.float32),
+    "bands": ("C 2", torch.int32),
+}
+
+
+@functools.lru_cache(maxsize=1024)
+def _check_kinds(
+    kinds: tuple[tuple[torch.Size, torch.dtype, torch.device], ...], edge: str, clamp: str
 ) -> None:
-    """Shapes, dtypes, devices and names; ValueError or TypeError names what is wrong."""
-    check_dims("mel", pcm=(pcm, "B S"), slots=(slots, "B"), filters=(filters, f"C {COLUMNS}"))
-    check_dims("mel", tail=(tail, f"Z {TAIL_SAMPLES}"), peak=(peak, "Z"), seen=(seen, "Z"))
-    check_dims("mel", filters=(filters, f"C {COLUMNS}"), bands=(bands, "C 2"))
-    for name, tensor, dtype in (
-        ("pcm", pcm, torch.float32),
-        ("slots", slots, torch.int64),
-        ("tail", tail, torch.float32),
-        ("peak", peak, torch.float32),
-        ("seen", seen, torch.int64),
-        ("filters", filters, torch.float32),
-        ("bands", bands, torch.int32),
-    ):
-        if tensor.dtype != dtype:
-            raise TypeError(f"mel: {name} must be {dtype}, got {tensor.dtype}; convert it with .to({dtype})")
-        if tensor.device != pcm.device:
-            raise ValueError(f"mel: {name} is on {tensor.device}, pcm on {pcm.device}; move one of them")
-    if pcm.shape[1] < HOP_SAMPLES:
-        raise ValueError(f"mel: pcm has {pcm.shape[1]} samples a stream; a frame needs {HOP_SAMPLES}")
+    """The checks that need no values, once per combination: they take as long as the kernel."""
+    named = dict(zip(_ARGUMENTS, kinds, strict=True))
+    ghosts = {name: torch.empty(shape, device="meta") for name, (shape, _, _) in named.items()}
+    check_dims("mel", **{name: (ghost, _ARGUMENTS[name][0]) for name, ghost in ghosts.items()})
+    home = named["pcm"][2]
+    for name, (_, dtype, device) in named.items():
+        wanted = _ARGUMENTS[name][1]
+        if dtype != wanted:
+            raise TypeError(f"mel: {name} must be {wanted}, got {dtype}; convert it with .to({wanted})")
+        if device != home:
+            raise ValueError(f"mel: {name} is on {device}, pcm on {home}; move one of them")
+    if ghosts["pcm"].shape[1] < HOP_SAMPLES:
+        raise ValueError(
+            f"mel: pcm has {ghosts['pcm'].shape[1]} samples a stream; a frame needs {HOP_SAMPLES}"
+        )
     if edge not in EDGES:
         raise ValueError(f"mel: edge must be one of {EDGES}, got {edge!r}")
     if clamp not in CLAMPS:
         raise ValueError(f"mel: clamp must be one of {CLAMPS}, got {clamp!r}")
+
+
+def check_mel(tensors: tuple[Tensor, ...], edge: str, clamp: str) -> None:
+    """Shapes, dtypes, devices of `_ARGUMENTS`, and the names; ValueError or TypeError says what is wrong."""
+    _check_kinds(tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in tensors), edge, clamp)
 
 
 def _check_slots(slots: Tensor, seen: Tensor, edge: str) -> None:
@@ -120,9 +126,9 @@ def _check_slots(slots: Tensor, seen: Tensor, edge: str) -> None:
             raise ValueError(f"mel: slot {row} is outside the {len(seen)} slots of the state")
         if int(seen[row]) % HOP_SAMPLES != ahead:
             raise ValueError(
-                f"mel: slot {row} has seen {int(seen[row])} samples; edge={edge!r} continues at a multiple of "
-                f"{HOP_SAMPLES} plus {ahead}. Prime a stream before its first call with edge='wait', keep to "
-                "one edge, and reset the slot after a call whose length was no multiple of the hop."
+                f"mel: slot {row} has seen {int(seen[row])} samples; edge={edge!r} continues at a multiple "
+                f"of {HOP_SAMPLES} plus {ahead}. Prime a stream before its first call with edge='wait', keep "
+                "to one edge, and reset the slot after a call whose length was no multiple of the hop."
             )
 
 
@@ -170,7 +176,7 @@ def mel_ref(
     Raises ValueError or TypeError; nothing is changed then. On a GPU the values of `slots` and `seen` are
     not checked (that would synchronise).
     """
-    check_mel(pcm, slots, tail, peak, seen, filters, bands, edge, clamp)
+    check_mel((pcm, slots, tail, peak, seen, filters, bands), edge, clamp)
     if pcm.device.type == "cpu":
         _check_slots(slots, seen, edge)
     old, start, top = tail[slots], seen[slots], peak[slots]
@@ -208,6 +214,62 @@ def _fake(
 
 
 mel = define(mel_ref, _fake, mutates=("tail", "peak", "seen"))
+
+
+def mel_cpu(
+    pcm: Tensor,
+    slots: Tensor,
+    tail: Tensor,
+    peak: Tensor,
+    seen: Tensor,
+    filters: Tensor,
+    bands: Tensor,
+    edge: str = "reflect",
+    clamp: str = "running",
+    isa: str | None = None,
+) -> Tensor:
+    """`mel_ref` in C++ (csrc/cpu/mel.cpp). Streams are bit-equal alone and in any batch; one thread, no GIL.
+
+    pcm is copied where its samples are not next to each other; the state must be contiguous. isa: one of
+    `native.isas()` (None: the best), for tests and measurements.
+    """
+    check_mel((pcm, slots, tail, peak, seen, filters, bands), edge, clamp)
+    if pcm.device.type != "cpu":
+        raise ValueError(
+            f"mel: backend 'cpu' got tensors on {pcm.device}; move them or change FASTLOOP_BACKEND"
+        )
+    for name, state in (("tail", tail), ("peak", peak), ("seen", seen)):
+        if not state.is_contiguous():
+            raise ValueError(
+                f"mel: {name} is changed in place and must be contiguous, its strides are {state.stride()}"
+            )
+    batch, samples = pcm.shape
+    if pcm.stride(1) != 1 or (batch > 1 and pcm.stride(0) < samples):
+        pcm = pcm.contiguous()
+    slots, filters, bands = slots.contiguous(), filters.contiguous(), bands.contiguous()
+    frames = pcm.new_empty(batch, samples // HOP_SAMPLES, filters.shape[0])
+    require_native().mel(
+        batch=batch,
+        samples=samples,
+        pcm=pcm.data_ptr(),
+        pcm_stride=pcm.stride(0),
+        slots=slots.data_ptr(),
+        slot_count=len(peak),
+        tail=tail.data_ptr(),
+        peak=peak.data_ptr(),
+        seen=seen.data_ptr(),
+        bins=filters.shape[0],
+        filters=filters.data_ptr(),
+        bands=bands.data_ptr(),
+        edge=EDGES.index(edge),
+        clamp=CLAMPS.index(clamp),
+        frames=frames.data_ptr(),
+        isa=isa,
+    )
+    return frames
+
+
+register_native(mel, mel_cpu)
 
 
 def mel_bytes(batch: int, samples: int, bins: int = MEL_BINS) -> int:
