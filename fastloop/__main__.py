@@ -1,0 +1,5 @@
+"""`python -m fastloop` is `fastloop`."""
+
+from .cli import main
+
+main()
