@@ -17,7 +17,7 @@ from .. import __version__
 ISA_FLAGS = (
     "sse4_2 avx avx2 fma f16c avx_vnni avx512f avx512bw avx512vl avx512_vnni avx512_bf16 avx512_fp16 "
     "amx_tile amx_int8 amx_bf16 asimd asimddp i8mm bf16 sve sve2"
-).split()
+)
 NEEDED = ("torch", "numpy", "tokenizers", "safetensors", "soundfile", "soxr", "typer", "rich")
 OPTIONAL = {
     "sounddevice": "the microphone",
@@ -40,7 +40,7 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "usable_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
-        "isa": [flag for flag in ISA_FLAGS if flag in flags],
+        "isa": [flag for flag in ISA_FLAGS.split() if flag in flags],
         "memory_bytes": _memory_bytes(),
         "available_bytes": available_bytes(),
         "gpus": gpus,

@@ -16,6 +16,7 @@ from .feeds import FastFeed, Feed, LiveFeed, PacedFeed
 from .terminal import UsageProblem
 
 FILE, STDIN, MIC = "file", "stdin", "mic"
+CONTAINERS = {b"RIFF": "WAV", b"fLaC": "FLAC", b"OggS": "Ogg", b"ID3": "MP3"}
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,26 @@ def opened(
             yield PacedFeed(file) if realtime else FastFeed(file, chunk_samples), file.seconds
 
 
+class RawPcm:
+    """A pipe that must not begin like a sound file: its header, rate and channels would be heard as noise."""
+
+    def __init__(self, pipe: BinaryIO) -> None:
+        self._pipe = pipe
+        self._begun = False
+
+    def read(self, size: int, /) -> bytes | None:
+        data = self._pipe.read(size)
+        if data and not self._begun:
+            self._begun = True
+            kind = next((kind for magic, kind in CONTAINERS.items() if data.startswith(magic)), None)
+            if kind is not None:
+                raise UsageProblem(f"standard input is a {kind} file, not raw PCM; give its name as FILE")
+        return data
+
+
 def _pcm(pcm: PcmFormat) -> Iterator[np.ndarray]:
     try:
-        return read_pcm_stream(standard_input(), pcm.sample_rate, pcm.sample_format, pcm.channels)
+        return read_pcm_stream(RawPcm(standard_input()), pcm.sample_rate, pcm.sample_format, pcm.channels)
     except ValueError as error:
         raise UsageProblem(f"standard input: {error}") from error
 

@@ -33,6 +33,15 @@ def test_empty_standard_input(run: Run, model_dir: Path) -> None:
     assert result.exit_code == 2 and "no sound" in result.stderr
 
 
+@pytest.mark.parametrize("name", ["whole", "part"])
+def test_a_sound_file_on_standard_input_is_told(
+    run: Run, model_dir: Path, sounds: dict[str, Path], name: str
+) -> None:
+    result = run("listen", "-", "--model", model_dir, "--json", input=sounds[name].read_bytes())
+    assert result.exit_code == 2 and "not raw PCM" in result.stderr and result.stderr.count("\n") == 1
+    assert parse(result.stdout)[-1]["chunks"] == 0
+
+
 def test_a_truncated_file_is_heard_as_far_as_it_goes(
     run: Run, model_dir: Path, sounds: dict[str, Path], tmp_path: Path
 ) -> None:
