@@ -26,7 +26,7 @@ CONTROL = re.compile(rb"\x1b\[[0-9;?]*[a-zA-Z]")
 
 def run(*arguments: object, stdin: bytes = b"", **options: object) -> subprocess.CompletedProcess[bytes]:
     given = [*FASTLOOP, *map(str, arguments)]
-    return subprocess.run(given, input=stdin, capture_output=True, timeout=LIMIT_S, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(given, input=stdin, capture_output=True, timeout=LIMIT_S, **options)  # type: ignore[call-overload]
 
 
 def as_int16(pcm: np.ndarray) -> bytes:
