@@ -74,6 +74,8 @@ def _array(pcm: object, where: str) -> np.ndarray:
         if pcm.dtype not in (torch.float32, torch.float64, torch.int16):
             raise TypeError(f"{where}: dtype is {pcm.dtype}; {_ACCEPTED}")
         return np.asarray(pcm.detach().cpu().numpy())
+    if isinstance(pcm, np.generic):
+        pcm = np.asarray(pcm)  # a scalar: refused for its dtype or for having no dimension
     if not isinstance(pcm, np.ndarray):
         raise TypeError(
             f"{where}: is a {type(pcm).__name__}; pass a numpy array or a torch tensor, for example "

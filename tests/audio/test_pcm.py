@@ -94,8 +94,10 @@ def test_other_types_are_refused(pcm: object, message: str) -> None:
     ],
 )
 def test_shapes_that_are_no_stream_are_refused(shape: tuple[int, ...], message: str) -> None:
-    with pytest.raises(ValueError, match=rf"^pcm: .*{message}"):
-        to_mono_float32(np.zeros(shape, dtype=np.float32))
+    pcm = np.zeros(shape, dtype=np.float32)
+    for form in (pcm, torch.from_numpy(pcm), pcm[()]):  # pcm[()]: a scalar where there is no dimension
+        with pytest.raises(ValueError, match=rf"^pcm: .*{message}"):
+            to_mono_float32(form)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 8.5, -20000.0, 1e300])
