@@ -27,7 +27,7 @@ from .config import ConfigError, ModelConfig, from_mapping
 from .decoder import Decoder, decoder_shapes
 from .encoder import Encoder, encoder_shapes
 from .files import CheckpointError, new_directory, parse_json, quote, read_bounded, write_text
-from .tensorfile import MappedTensors, Shape, read_header, write_tensors
+from .tensorfile import Shape, map_tensors, read_header, read_tensor, require_finite, write_tensors
 from .text import Tokenizer
 
 __all__ = ["CheckpointError", "Model", "known_models", "load", "resolve", "save"]
@@ -201,9 +201,9 @@ def load(
 ) -> Model:
     """Load a checkpoint: a packaged model by name, or a directory.
 
-    The weights are views of the mapped file. With another dtype or device they are copied one by one, and
-    the pages read are given back. The file must not be changed in place while it is mapped (`save` and
-    `fastloop convert` never do that). CheckpointError names everything that is wrong.
+    The weights are views of the mapped file; with another dtype or device they are read piece by piece
+    into their place. The file must not be changed in place while it is mapped (`save` and `fastloop
+    convert` never do that). CheckpointError names everything that is wrong.
     """
     directory = resolve(path_or_name)
     absent = [name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (directory / name).is_file()]
@@ -220,12 +220,13 @@ def load(
         entries = read_header(file, str(directory / WEIGHTS))
         found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
         refuse(str(directory), weight_problems(shapes, found) + tokenizer_problems(config, tokenizer))
-        mapped = MappedTensors(file, entries)
-    stored, place = entries["decoder.embed.weight"].dtype, torch.device(device)
-    if place.type == "cpu" and wanted in (None, stored):
-        weights = {name: mapped.view(name) for name in shapes}
-    else:
-        weights = {name: mapped.copy(name, wanted or stored, place) for name in shapes}
+        entries = {name: entries[name] for name in shapes}
+        stored = entries["decoder.embed.weight"].dtype
+        if torch.device(device).type == "cpu" and wanted in (None, stored):
+            return Model(config, map_tensors(file, entries), tokenizer)
+        weights = {name: read_tensor(file, e, wanted or stored, device) for name, e in entries.items()}
+    for name, tensor in weights.items() if wanted not in (None, stored) else ():
+        require_finite(tensor, name)
     return Model(config, weights, tokenizer)
 
 

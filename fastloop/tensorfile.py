@@ -28,6 +28,7 @@ Shape = tuple[int, ...]
 
 MAX_HEADER_BYTES = 16 << 20  # the header of the 3B model is 0.1 MB
 ALIGNMENT = 64  # where the data starts: a cache line
+PIECE_VALUES = 1 << 18  # values read or checked at a time: 1 MB of float32
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -112,53 +113,41 @@ def read_header(file: BinaryIO, where: str) -> dict[str, Entry]:
     return entries
 
 
-class MappedTensors:
-    """The tensors of a file as views of one private mapping: memory is taken page by page, on first use.
+def map_tensors(file: BinaryIO, entries: Mapping[str, Entry]) -> dict[str, Tensor]:
+    """Views of one private mapping of the file: no copy, and memory is taken page by page on first use.
 
-    Writing to such a tensor changes this process's copy, never the file.
+    Writing to such a tensor changes this process's pages, never the file. CheckpointError where a tensor
+    does not start on a whole value.
     """
-
-    def __init__(self, file: BinaryIO, entries: Mapping[str, Entry]) -> None:
-        self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self._entries = entries
-
-    def view(self, name: str) -> Tensor:
-        """The tensor as it lies in the file, without a copy."""
-        entry = self._entries[name]
+    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    tensors = {}
+    for name, entry in entries.items():
         if entry.start % entry.dtype.itemsize:
             raise CheckpointError(f"tensor {quote(name)}: starts at byte {entry.start}, not on a whole value")
-        count = math.prod(entry.shape)
-        return torch.frombuffer(self._map, dtype=entry.dtype, count=count, offset=entry.start).view(
-            entry.shape
-        )
-
-    def copy(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """The tensor in another dtype or on another device; the pages it was read from are given back."""
-        entry = self._entries[name]
-        copied = self.view(name).to(device=device, dtype=dtype, copy=True)
-        if dtype != entry.dtype:
-            require_finite(copied, name)
-        if hasattr(self._map, "madvise"):
-            first = entry.start - entry.start % mmap.PAGESIZE
-            self._map.madvise(mmap.MADV_DONTNEED, first, entry.end - first)
-        return copied
+        flat = torch.frombuffer(mapped, dtype=entry.dtype, count=math.prod(entry.shape), offset=entry.start)
+        tensors[name] = flat.view(entry.shape)
+    return tensors
 
 
-def read_tensor(path: Path, entry: Entry) -> Tensor:
-    """One tensor of a file, read into memory of its own."""
-    buffer = bytearray(entry.end - entry.start)
-    with path.open("rb") as file:
-        file.seek(entry.start)
-        if file.readinto(buffer) != len(buffer):
-            raise CheckpointError(f"{path}: became shorter while it was read")
-    if not buffer:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    return torch.frombuffer(buffer, dtype=entry.dtype).view(entry.shape)
+def read_tensor(
+    file: BinaryIO, entry: Entry, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> Tensor:
+    """One tensor read into memory of its own, in pieces: nothing else is held but one piece."""
+    result = torch.empty(entry.shape, dtype=dtype, device=device)
+    flat, itemsize = result.view(-1), entry.dtype.itemsize
+    buffer = bytearray(itemsize * min(PIECE_VALUES, flat.numel()))
+    file.seek(entry.start)
+    for first in range(0, flat.numel(), PIECE_VALUES):
+        count = min(PIECE_VALUES, flat.numel() - first)
+        if file.readinto(memoryview(buffer)[: count * itemsize]) != count * itemsize:  # type: ignore[attr-defined]
+            raise CheckpointError(f"{file.name}: became shorter while it was read")
+        flat[first : first + count] = torch.frombuffer(buffer, dtype=entry.dtype, count=count)
+    return result
 
 
 def require_finite(tensor: Tensor, name: str) -> None:
     """CheckpointError where a weight is NaN or infinite, as float16 makes of what is above 65,504."""
-    if not bool(tensor.isfinite().all()):
+    if not all(bool(piece.isfinite().all()) for piece in torch.split(tensor.reshape(-1), PIECE_VALUES)):
         raise CheckpointError(
             f"tensor {quote(name)}: not finite in {tensor.dtype}; choose float32 or bfloat16, "
             "and if that fails too the checkpoint is damaged"

@@ -186,6 +186,6 @@ def _built(foreign: Foreign, dtype: torch.dtype, total: int, progress: Progress 
 
 
 def _build(name: str, recipe: Recipe, tensors: dict[str, Lazy], dtype: torch.dtype) -> Tensor:
-    built = recipe.build(*(tensors[part].read().to(dtype) for part in recipe.parts))
+    built = recipe.build(*(tensors[part].read(dtype) for part in recipe.parts))
     require_finite(built, name)
     return built

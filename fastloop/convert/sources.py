@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..files import CheckpointError, parse_json, quote, read_bounded
-from ..tensorfile import Shape, read_header, read_tensor
+from ..tensorfile import Entry, Shape, read_header, read_tensor
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 MAX_INDEX_BYTES = 64 << 20
@@ -24,7 +24,7 @@ class Lazy:
 
     dtype: torch.dtype
     shape: Shape
-    read: Callable[[], Tensor]
+    read: Callable[[torch.dtype], Tensor]  # in the dtype that is asked for
 
 
 def safetensors_directory(directory: Path) -> dict[str, Lazy]:
@@ -42,7 +42,12 @@ def _file(path: Path) -> dict[str, Lazy]:
             entries = read_header(file, str(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error}") from error
-    return {name: Lazy(e.dtype, e.shape, partial(read_tensor, path, e)) for name, e in entries.items()}
+    return {name: Lazy(e.dtype, e.shape, partial(_read, path, e)) for name, e in entries.items()}
+
+
+def _read(path: Path, entry: Entry, dtype: torch.dtype) -> Tensor:
+    with path.open("rb") as file:
+        return read_tensor(file, entry, dtype)
 
 
 def _sharded(directory: Path) -> dict[str, Lazy]:
@@ -91,8 +96,8 @@ def pickled_file(path: Path, trusted: bool) -> dict[str, Lazy]:
         for name, value in state.items()
     ):
         raise CheckpointError(f"{path}: must hold a flat dictionary of names and dense tensors")
-    return {name: Lazy(t.dtype, tuple(t.shape), partial(_detached, t)) for name, t in state.items()}
+    return {name: Lazy(t.dtype, tuple(t.shape), partial(_cast, t)) for name, t in state.items()}
 
 
-def _detached(tensor: Tensor) -> Tensor:
-    return tensor.detach()
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor.detach().to(dtype)

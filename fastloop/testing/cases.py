@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import numpy as np
 import torch
@@ -48,7 +49,7 @@ def byte_tokenizer(vocab: int) -> Tokenizer:
     symbols = {b: chr(b) for b in visible} | {b: chr(256 + i) for i, b in enumerate(hidden)}
     words = {symbols[b]: b for b in range(256)} | {f"Ġword{i}": i for i in range(256, vocab)}
     byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    content = {
+    content: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
