@@ -10,6 +10,7 @@ token for token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -186,6 +187,6 @@ class PlainLoop:
         if text:
             self._emit(ResponseText, text=text)
 
-    def _emit(self, kind: type[Event], **values: object) -> None:
+    def _emit(self, kind: type[Event], **values: Any) -> None:
         t = self.clip_seconds or self.chunks * self.model.config.chunk_seconds
-        self.events.append(kind(seq=len(self.events), epoch=0, t=t, **values))  # type: ignore[arg-type]
+        self.events.append(kind(seq=len(self.events), epoch=0, t=t, **values))

@@ -16,7 +16,7 @@ EDGES = ("reflect", "wait")
 MODES = ("online", "offline")
 
 
-def _range(where: str, name: str, value: Any, low: float, high: float, kind: type | tuple[type, ...]) -> None:
+def _range(where: str, name: str, value: Any, low: float, high: float, kind: Any) -> None:
     ok = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
     if not ok:
         raise ConfigError(f"{where}.{name}: must be between {low:g} and {high:g}, got {value!r}")

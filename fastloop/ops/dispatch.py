@@ -19,12 +19,15 @@ import contextvars
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
-REGISTRY: dict[str, Op] = {}
+REGISTRY: dict[str, Op[..., Any]] = {}
 
 
 class BackendError(RuntimeError):
@@ -70,7 +73,7 @@ def use_backend(text: str) -> Iterator[None]:
         _forced.reset(token)
 
 
-class Op:
+class Op(Generic[P, R]):
     """One op: its contract (`reference`), its implementations, and the table of defaults.
 
     Args:
@@ -81,11 +84,11 @@ class Op:
     """
 
     def __init__(
-        self, name: str, reference: Callable[..., Any], fake: Callable[..., Any], mutates: Sequence[str]
+        self, name: str, reference: Callable[P, R], fake: Callable[..., Any], mutates: Sequence[str]
     ) -> None:
         self.name = name
         self.reference = reference
-        self.implementations: dict[str, Callable[..., Any]] = {"reference": reference}
+        self.implementations: dict[str, Callable[P, R]] = {"reference": reference}
         self.unavailable: dict[str, str] = {}  # backend -> why it cannot run here
         self.default: dict[str, str] = {"cpu": "reference", "cuda": "reference", "meta": "reference"}
         schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
@@ -96,7 +99,7 @@ class Op:
         functools.update_wrapper(self, reference)
         self.__name__ = name
 
-    def register(self, backend: str, implementation: Callable[..., Any], default_on: str = "") -> None:
+    def register(self, backend: str, implementation: Callable[P, R], default_on: str = "") -> None:
         """Add an implementation; `default_on` ("cpu", "cuda") makes it the default there."""
         if backend not in BACKENDS:
             raise BackendError(f"{self.name}: unknown backend {backend!r}; choose from {BACKENDS}")
@@ -116,12 +119,12 @@ class Op:
             f"{sorted(self.implementations)}. Change FASTLOOP_BACKEND or run `fastloop doctor`."
         )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        first = args[0] if args else next(iter(kwargs.values()))
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        first: Any = args[0] if args else next(iter(kwargs.values()))
         return self.implementations[self.backend(first.device.type)](*args, **kwargs)
 
 
-def define(reference: Callable[..., Any], fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Op:
+def define(reference: Callable[P, R], fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Op[P, R]:
     """Register the op whose definition is `<name>_ref`."""
     name = reference.__name__.removesuffix("_ref")
     op = Op(name, reference, fake, mutates)

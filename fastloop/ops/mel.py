@@ -101,9 +101,10 @@ def _check_kinds(
             raise TypeError(f"mel: {name} must be {wanted}, got {dtype}; convert it with .to({wanted})")
         if device != home:
             raise ValueError(f"mel: {name} is on {device}, pcm on {home}; move one of them")
-    if ghosts["pcm"].shape[1] < HOP_SAMPLES:
+    streams, samples = ghosts["pcm"].shape
+    if streams < 1 or samples < HOP_SAMPLES:
         raise ValueError(
-            f"mel: pcm has {ghosts['pcm'].shape[1]} samples a stream; a frame needs {HOP_SAMPLES}"
+            f"mel: pcm is [{streams}, {samples}]; a call needs at least 1 stream and {HOP_SAMPLES} samples"
         )
     if edge not in EDGES:
         raise ValueError(f"mel: edge must be one of {EDGES}, got {edge!r}")
@@ -124,7 +125,7 @@ def _check_slots(slots: Tensor, seen: Tensor, edge: str) -> None:
     for row in rows:
         if not 0 <= row < len(seen):
             raise ValueError(f"mel: slot {row} is outside the {len(seen)} slots of the state")
-        if int(seen[row]) % HOP_SAMPLES != ahead:
+        if int(seen[row]) < 0 or int(seen[row]) % HOP_SAMPLES != ahead:
             raise ValueError(
                 f"mel: slot {row} has seen {int(seen[row])} samples; edge={edge!r} continues at a multiple "
                 f"of {HOP_SAMPLES} plus {ahead}. Prime a stream before its first call with edge='wait', keep "

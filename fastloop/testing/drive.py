@@ -69,17 +69,17 @@ def run_engine(engine: Engine, scripts: list[Script]) -> list[list[Event]]:
                 at[i] += script.push_samples
                 busy += 1
         busy += engine.step()
-        for session, script, events in zip(sessions, scripts, heard, strict=True):
-            if session is not None:
-                events += session.poll()
-                _cancel_when_due(session, script, events)
-                events += session.poll()
+        for opened, script, events in zip(sessions, scripts, heard, strict=True):
+            if opened is not None:
+                events += opened.poll()
+                _cancel_when_due(opened, script, events)
+                events += opened.poll()
         step += 1
         if not busy:
             break
-    for session in sessions:
-        assert session is not None
-        session.close()
+    for opened in sessions:
+        assert opened is not None
+        opened.close()
     return heard
 
 
