@@ -1,0 +1,1 @@
+"""SoundFlow: sounds with known truth -> token sequences with labels -> a trained model."""
