@@ -9,14 +9,18 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from .dispatch import check_dims, define
+from .contract import check_dims, check_floats
+from .dispatch import define
 
 
 def block_attention_ref(qkv: Tensor, heads: int) -> Tensor:
     """qkv [B, T, 3E] as [q | k | v] -> [B, T, E]; scale 1/sqrt(E / heads)."""
     check_dims("block_attention", qkv=(qkv, "B T W"))
-    if qkv.shape[-1] % (3 * heads):
-        raise ValueError(f"block_attention: width {qkv.shape[-1]} is not 3 x heads ({heads}) x head width")
+    check_floats("block_attention", qkv=qkv)
+    if heads < 1 or qkv.shape[-1] % (3 * heads):
+        raise ValueError(
+            f"block_attention: dimension W of qkv is {qkv.shape[-1]}, not 3 x heads ({heads}) x head width"
+        )
     q, k, v = rearrange(qkv, "b t (three h k) -> three b h t k", three=3, h=heads)
     return rearrange(F.scaled_dot_product_attention(q, k, v), "b h t k -> b t (h k)")
 

@@ -9,26 +9,35 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import check_dims, define
+from .contract import check_dims, check_floats
+from .dispatch import define
 
 
 def conv_stem_ref(
     frames: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, positions: Tensor
 ) -> Tensor:
-    """frames [B, F, C], weight1 [E, C, 3], weight2 [E, E, 3], biases [E], positions [T >= (F+1)/2, E]
-    -> [B, (F+1)/2, E] in the weights' dtype.
+    """frames [B, F, C] of any floating dtype, weight1 [E, C, 3], weight2 [E, E, 3], biases [E],
+    positions [T >= (F+1)/2, E] -> [B, (F+1)/2, E] in the weights' dtype.
     """
-    check_dims(
+    sizes = check_dims(
         "conv_stem",
         frames=(frames, "B F C"),
         weight1=(weight1, "E C 3"),
         bias1=(bias1, "E"),
+        weight2=(weight2, "E E 3"),
         bias2=(bias2, "E"),
         positions=(positions, "T E"),
     )
+    check_floats("conv_stem", frames=frames)
+    check_floats("conv_stem", weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2, positions=positions)
+    length = (sizes["F"] + 1) // 2
+    if sizes["T"] < length:
+        raise ValueError(
+            f"conv_stem: dimension T of positions is {sizes['T']}, the {sizes['F']} frames need {length}"
+        )
     x = F.gelu(F.conv1d(frames.to(weight1.dtype).mT, weight1, bias1, padding=1))
-    x = F.gelu(F.conv1d(x, weight2, bias2, stride=2, padding=1)).mT
-    return x + positions[: x.shape[1]]
+    x = F.gelu(F.conv1d(x, weight2, bias2, stride=2, padding=1))
+    return x.mT.contiguous() + positions[:length]
 
 
 def _fake(
@@ -44,4 +53,4 @@ conv_stem = define(conv_stem_ref, _fake)
 def conv_stem_bytes(batch: int, frames: int, bins: int, width: int, itemsize: int = 4) -> int:
     """Bytes moved: both kernels once, frames in, positions out."""
     weights = 3 * width * (bins + width)
-    return (weights + batch * (frames * bins + frames // 2 * width)) * itemsize
+    return (weights + batch * (frames * bins + (frames + 1) // 2 * width)) * itemsize

@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import check_dims, define
+from .contract import check_dims, check_dtype, check_floats, check_range
+from .dispatch import define
 from .rms_norm import rms_norm_ref
 
 SILENT, RESPOND, NONFINITE, VOID = 0, 1, -1, -2
@@ -51,8 +52,13 @@ def decide_ref(
     is NONFINITE (never silence), and so void for what follows. Neither changes the state.
     """
     check_dims("decide", x=(x, "R D"), norm_weight=(norm_weight, "D"), head=(head, "2 D"), slots=(slots, "R"))
-    check_dims("decide", policy=(policy, "Z 3"), state=(state, "Z 2"))
-    logits = rms_norm_ref(x, norm_weight, eps).to(head.dtype) @ head.T
+    sizes = check_dims("decide", policy=(policy, "Z 3"), state=(state, "Z 2"))
+    check_floats("decide", x=x, norm_weight=norm_weight, head=head)
+    check_floats("decide", policy=policy)
+    check_dtype("decide", torch.int64, slots=slots)
+    check_dtype("decide", torch.int32, state=state)
+    check_range("decide", "slots", slots, 0, sizes["Z"])
+    logits = rms_norm_ref(x, norm_weight, eps) @ head.T
     margin = (logits[:, 1] - logits[:, 0]).double()
     p = margin.sigmoid()
     finite, chances, owners = logits.isfinite().all(-1).tolist(), p.tolist(), slots.tolist()

@@ -120,8 +120,8 @@ class Op(Generic[P, R]):
         )
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        first: Any = args[0] if args else next(iter(kwargs.values()))
-        return self.implementations[self.backend(first.device.type)](*args, **kwargs)
+        device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+        return self.implementations[self.backend(device)](*args, **kwargs)
 
 
 def define(reference: Callable[P, R], fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Op[P, R]:
@@ -130,26 +130,3 @@ def define(reference: Callable[P, R], fake: Callable[..., Any], mutates: Sequenc
     op = Op(name, reference, fake, mutates)
     REGISTRY[name] = op
     return op
-
-
-def check_dims(op: str, **tensors: tuple[torch.Tensor, str]) -> dict[str, int]:
-    """Unify named dimensions over tensors; a mismatch names tensor, dimension and both sizes.
-
-    >>> check_dims("linear", x=(torch.zeros(3, 4), "N D"), weight=(torch.zeros(5, 4), "O D"))
-    {'N': 3, 'D': 4, 'O': 5}
-    """
-    sizes: dict[str, int] = {}
-    for name, (tensor, spec) in tensors.items():
-        letters = spec.split()
-        if tensor.dim() != len(letters):
-            raise ValueError(
-                f"{op}: {name} must have {len(letters)} dimensions [{spec}], got {tuple(tensor.shape)}"
-            )
-        for letter, size in zip(letters, tensor.shape, strict=True):
-            expected = int(letter) if letter.isdigit() else sizes.setdefault(letter, size)
-            if size != expected:
-                raise ValueError(
-                    f"{op}: dimension {letter} of {name} is {size}, elsewhere {expected} "
-                    f"({name} is {tuple(tensor.shape)} for [{spec}])"
-                )
-    return sizes

@@ -5,21 +5,22 @@ Source: Ba et al. 2016, arXiv 1607.06450; the audio tower's pre-norm.
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import check_dims, define
+from .contract import check_dims, check_floats
+from .dispatch import define
 
 
 def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """x [N, E], weight [E], bias [E] -> y [N, E] in x's dtype."""
     check_dims("layer_norm", x=(x, "N E"), weight=(weight, "E"), bias=(bias, "E"))
+    check_floats("layer_norm", x=x, weight=weight, bias=bias)
     return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
 
 
 def _fake(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 layer_norm = define(layer_norm_ref, _fake)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import check_dims, define
+from .contract import check_dims, check_floats
+from .dispatch import define
 
 EPILOGUES = ("none", "gelu", "silu_gate")
 
@@ -16,6 +17,7 @@ EPILOGUES = ("none", "gelu", "silu_gate")
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None, epilogue: str, residual: Tensor | None) -> int:
     """Check the contract; returns the width of the output."""
     sizes = check_dims("linear", x=(x, "N D"), weight=(weight, "O D"))
+    check_floats("linear", x=x, weight=weight, bias=bias, residual=residual)
     if epilogue not in EPILOGUES:
         raise ValueError(f"linear: unknown epilogue {epilogue!r}; choose from {EPILOGUES}")
     if bias is not None:

@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from ..config import FFT_SAMPLES, HOP_SAMPLES, MEL_BINS, SAMPLE_RATE
-from .dispatch import check_dims, define
+from .contract import check_dims
+from .dispatch import define
 from .native import register_native, require_native
 
 EDGES = ("reflect", "wait")

@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dispatch import check_dims, define
+from .contract import check_dims, check_dtype, check_floats, check_range, readable
+from .dispatch import define
 
 
 def _check(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, starts: Tensor, lens: Tensor, gaps: Tensor
 ) -> None:
+    """Check the contract: shapes, dtypes, and the values that say where to read."""
     sizes = check_dims(
         "paged_attention",
         q=(q, "N H K"),
@@ -36,6 +38,46 @@ def _check(
         raise ValueError(
             f"paged_attention: row_starts must be [B + 1] = [{sizes['B'] + 1}], got {tuple(starts.shape)}"
         )
+    if sizes["H"] % sizes["G"]:
+        raise ValueError(
+            f"paged_attention: dimension H of q is {sizes['H']}, no multiple of G = {sizes['G']} of k_pages"
+        )
+    check_floats("paged_attention", q=q)
+    check_floats("paged_attention", k_pages=k_pages, v_pages=v_pages)
+    check_dtype("paged_attention", torch.int32, block_table=table, row_starts=starts, kv_lens=lens, gaps=gaps)
+    if readable(starts):
+        _check_sequences(starts.tolist(), lens.tolist(), gaps.tolist(), sizes)
+
+
+def _check_sequences(
+    starts: list[int], lens: list[int], gaps: list[list[int]], sizes: dict[str, int]
+) -> None:
+    """row_starts, kv_lens and gaps fit each other and the block table."""
+    rows, most = sizes["N"], sizes["M"] * sizes["Q"]
+    if starts[0] != 0 or starts[-1] != rows or sorted(starts) != starts:
+        raise ValueError(
+            f"paged_attention: row_starts must rise from 0 to the {rows} rows of q, got {starts}"
+        )
+    for b, (length, (begin, end)) in enumerate(zip(lens, gaps, strict=True)):
+        count = starts[b + 1] - starts[b]
+        if not count <= length <= most:
+            raise ValueError(
+                f"paged_attention: kv_lens[{b}] is {length}; it must hold its {count} rows and be at most "
+                f"the {most} slots of a row of block_table"
+            )
+        if begin != end and not 0 <= begin < end <= length - count:
+            raise ValueError(
+                f"paged_attention: gap [{begin}, {end}) of sequence {b} must lie in the {length - count} "
+                "slots before its new rows"
+            )
+
+
+def _pages(table: Tensor, lens: Tensor, page: int, pages: int) -> Tensor:
+    """block_table int32 [B, M] -> page numbers int64 [B, M]; 0 for entries behind a sequence's last page."""
+    used = torch.arange(table.shape[1], device=table.device) < ((lens + page - 1) // page)[:, None]
+    numbers = table.masked_fill(~used, 0).long()
+    check_range("paged_attention", "block_table", numbers, 0, pages)
+    return numbers
 
 
 def paged_attention_ref(
@@ -50,16 +92,20 @@ def paged_attention_ref(
     """q [N, H, K], pages [P, Q, G, K], block_table int32 [B, M], row_starts int32 [B + 1],
     kv_lens int32 [B], gaps int32 [B, 2] as [start, end) -> [N, H, K] in q's dtype.
 
-    Rows row_starts[b]..row_starts[b+1] belong to sequence b and sit in its last slots; row i sees slot s
-    when s <= its own slot and s is not in the gap. Scale 1/sqrt(K).
+    Rows row_starts[b]..row_starts[b+1] (none, for a padded sequence) belong to sequence b and sit in its last
+    slots; row i sees slot s when s <= its own slot and s is not in the gap. Scale 1/sqrt(K).
+
+    Slots that no row of a sequence sees, and entries of the block table behind its last page, may hold
+    anything. What is not finite in a slot spoils rows of its own sequence only.
     """
     _check(q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps)
-    out = torch.empty_like(q)
+    out = q.new_empty(q.shape)
     page, repeat = k_pages.shape[1], q.shape[1] // k_pages.shape[2]
+    table = _pages(block_table, kv_lens, page, k_pages.shape[0])
     wide = q.dtype if q.dtype == torch.float64 else torch.float32
     for b in range(block_table.shape[0]):
         first, last, length = int(row_starts[b]), int(row_starts[b + 1]), int(kv_lens[b])
-        pages = block_table[b, : -(-length // page)].long()
+        pages = table[b, : -(-length // page)]
         k = k_pages[pages].flatten(0, 1)[:length].to(wide).repeat_interleave(repeat, dim=1)  # [length, H, K]
         v = v_pages[pages].flatten(0, 1)[:length].to(wide).repeat_interleave(repeat, dim=1)
         slot = torch.arange(length, device=q.device)
@@ -83,9 +129,11 @@ def paged_attention_torch(
 ) -> Tensor:
     """The same with one padded batch and one call of torch's scaled_dot_product_attention."""
     _check(q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps)
+    if not q.shape[0]:
+        return q.new_empty(q.shape)
     page = k_pages.shape[1]
     length = int(kv_lens.max())
-    pages = block_table[:, : -(-length // page)].long()
+    pages = _pages(block_table, kv_lens, page, k_pages.shape[0])[:, : -(-length // page)]
     slot = torch.arange(pages.shape[1] * page, device=q.device)
     written = (slot < kv_lens[:, None]) & ~((slot >= gaps[:, :1]) & (slot < gaps[:, 1:]))  # [B, slots]
     empty = ~written[:, :, None, None]
@@ -96,7 +144,7 @@ def paged_attention_torch(
     offset = torch.arange(most, device=q.device)
     row = row_starts[:-1, None] + offset
     real = offset < counts[:, None]  # [B, most]
-    row = torch.where(real, row, row_starts[:-1, None]).long()
+    row = torch.where(real, row, 0).long()
     own = torch.where(real, (kv_lens - counts)[:, None] + offset, (kv_lens - counts)[:, None])
     mask = written[:, None] & (slot <= own[..., None])  # [B, most, slots]
     padded = F.scaled_dot_product_attention(
@@ -118,7 +166,7 @@ def _fake(
     kv_lens: Tensor,
     gaps: Tensor,
 ) -> Tensor:
-    return torch.empty_like(q)
+    return q.new_empty(q.shape)
 
 
 paged_attention = define(paged_attention_ref, _fake)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import check_dims, define
+from .contract import check_dims, check_floats
+from .dispatch import define
 
 
 def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
@@ -17,16 +18,17 @@ def rms_norm_ref(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None 
     With `residual` [N, D] the sum is formed first and kept: residual += x (in place), y = norm(residual).
     """
     check_dims("rms_norm", x=(x, "N D"), weight=(weight, "D"))
+    check_floats("rms_norm", x=x, weight=weight, residual=residual)
     if residual is not None:
         check_dims("rms_norm", x=(x, "N D"), residual=(residual, "N D"))
         x = residual.add_(x)
     wide = x if x.dtype == torch.float64 else x.float()
     normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (normed.to(x.dtype) * weight).to(x.dtype)
+    return (normed.to(x.dtype) * weight).contiguous()
 
 
 def _fake(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 rms_norm = define(rms_norm_ref, _fake, mutates=("residual",))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import check_dims, define
+from .contract import check_dims, check_dtype, check_floats, check_range
+from .dispatch import define
 
 
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
@@ -20,6 +21,51 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
     cos, sin = angle.cos().to(wide)[:, None], angle.sin().to(wide)[:, None]
     low, high = x.to(wide).chunk(2, dim=-1)
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
+
+
+def _check(
+    qkv: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    slots: Tensor,
+    inv_freq: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+) -> dict[str, int]:
+    """Check the contract; returns the sizes of its dimensions."""
+    sizes = check_dims(
+        "rope_append",
+        qkv=(qkv, "N W"),
+        positions=(positions, "N"),
+        slots=(slots, "N"),
+        inv_freq=(inv_freq, "K/2"),
+        k_pages=(k_pages, "P Q G K"),
+        v_pages=(v_pages, "P Q G K"),
+    )
+    if bias is not None:
+        check_dims("rope_append", qkv=(qkv, "N W"), bias=(bias, "W"))
+    check_floats("rope_append", qkv=qkv, bias=bias)
+    check_floats("rope_append", inv_freq=inv_freq)
+    check_floats("rope_append", k_pages=k_pages, v_pages=v_pages)
+    check_dtype("rope_append", torch.int64, positions=positions, slots=slots)
+    groups, width = sizes["G"], sizes["K"]
+    if width != 2 * sizes["K/2"]:
+        raise ValueError(
+            f"rope_append: dimension K of k_pages is {width}, not twice the {sizes['K/2']} of inv_freq"
+        )
+    if sizes["W"] % width or sizes["W"] // width <= 2 * groups:
+        raise ValueError(
+            f"rope_append: dimension W of qkv is {sizes['W']}, not (H + 2 G) K for G = {groups}, K = {width} "
+            "of k_pages"
+        )
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        if not pages.is_contiguous():
+            raise ValueError(
+                f"rope_append: {name} is changed in place and must be contiguous, "
+                f"its strides are {pages.stride()}"
+            )
+    check_range("rope_append", "slots", slots, -1, sizes["P"] * sizes["Q"])
+    return sizes
 
 
 def rope_append_ref(
@@ -32,22 +78,15 @@ def rope_append_ref(
     v_pages: Tensor,
 ) -> Tensor:
     """qkv [N, (H + 2G) K], bias [(H + 2G) K], positions int64 [N], slots int64 [N], inv_freq [K/2],
-    pages [P, Q, G, K] (changed in place) -> q [N, H, K], rotated.
+    pages [P, Q, G, K] (changed in place, of any floating dtype) -> q [N, H, K], rotated, in qkv's dtype.
 
-    Slot s is token s % Q of page s // Q. Slot -1 stores nothing (a padded row).
+    Slot s is token s % Q of page s // Q; slots are distinct. Slot -1 stores nothing (a padded row).
     """
-    sizes = check_dims(
-        "rope_append",
-        qkv=(qkv, "N W"),
-        positions=(positions, "N"),
-        slots=(slots, "N"),
-        k_pages=(k_pages, "P Q G K"),
-        v_pages=(v_pages, "P Q G K"),
-    )
+    sizes = _check(qkv, bias, positions, slots, inv_freq, k_pages, v_pages)
     groups, width = sizes["G"], sizes["K"]
     if bias is not None:
         qkv = qkv + bias
-    x = qkv.view(qkv.shape[0], -1, width)
+    x = qkv.reshape(qkv.shape[0], -1, width)
     heads = x.shape[1] - 2 * groups
     kept = slots >= 0
     k = rotate(x[:, heads : heads + groups], positions, inv_freq)

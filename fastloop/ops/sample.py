@@ -12,7 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .dispatch import check_dims, define
+from .contract import check_dims, check_dtype, check_floats, check_range
+from .dispatch import define
 
 NONFINITE = -1
 _MASK = (1 << 64) - 1
@@ -61,9 +62,22 @@ def sample_ref(
     float32 [R] (0: greedy, first of equals), top_k int64 [R] (0: off), top_p float32 [R] (1: off), seed and
     counter int64 [R] -> ids int64 [R]; NONFINITE (-1) where a logit that is not banned is NaN or +Inf.
     """
-    check_dims("sample", logits=(logits, "R V"), banned=(banned, "phases V"), phase=(phase, "R"))
-    check_dims("sample", temperature=(temperature, "R"), top_k=(top_k, "R"), top_p=(top_p, "R"))
-    check_dims("sample", seed=(seed, "R"), counter=(counter, "R"), phase=(phase, "R"))
+    sizes = check_dims(
+        "sample",
+        logits=(logits, "R V"),
+        banned=(banned, "phases V"),
+        phase=(phase, "R"),
+        temperature=(temperature, "R"),
+        top_k=(top_k, "R"),
+        top_p=(top_p, "R"),
+        seed=(seed, "R"),
+        counter=(counter, "R"),
+    )
+    check_floats("sample", logits=logits)
+    check_floats("sample", temperature=temperature, top_p=top_p)
+    check_dtype("sample", torch.bool, banned=banned)
+    check_dtype("sample", torch.int64, phase=phase, top_k=top_k, seed=seed, counter=counter)
+    check_range("sample", "phase", phase, 0, sizes["phases"])
     legal = logits.double().masked_fill(banned[phase], float("-inf"))
     ids = legal.argmax(-1)
     peak = legal.amax(-1)  # NaN wins a maximum
