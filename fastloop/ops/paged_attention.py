@@ -65,10 +65,10 @@ def _check_sequences(
                 f"paged_attention: kv_lens[{b}] is {length}; it must hold its {count} rows and be at most "
                 f"the {most} slots of a row of block_table"
             )
-        if begin != end and not 0 <= begin < end <= length - count:
+        if begin < 0 or end < begin or (begin < length and end > max(begin, length - count)):
             raise ValueError(
-                f"paged_attention: gap [{begin}, {end}) of sequence {b} must lie in the {length - count} "
-                "slots before its new rows"
+                f"paged_attention: gap [{begin}, {end}) of sequence {b} must be a range that leaves out "
+                f"its new rows' slots [{length - count}, {length})"
             )
 
 
