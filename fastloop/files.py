@@ -86,6 +86,7 @@ def new_directory(destination: Path, size: int) -> Iterator[Path]:
     destination = destination.absolute()
     parent = destination.parent
     partial = parent / f".{destination.name}.{secrets.token_hex(4)}.partial"
+    absent = [path for path in (parent, *parent.parents) if not path.exists()]  # innermost first
     try:
         if destination.exists() and (not destination.is_dir() or any(destination.iterdir())):
             raise CheckpointError(f"{destination}: exists already; remove it or choose another name")
@@ -101,3 +102,6 @@ def new_directory(destination: Path, size: int) -> Iterator[Path]:
         raise CheckpointError(f"{destination}: not written, and nothing is left of it: {error}") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)  # gone already after the rename
+        for made in absent:  # only an interrupted call leaves them empty
+            with contextlib.suppress(OSError):
+                made.rmdir()
