@@ -13,8 +13,6 @@ from .terminal import UsageProblem, complain
 if TYPE_CHECKING:
     from ..ops.dispatch import Op
 
-# Which backends can serve tensors of a device; the order of the report.
-BACKENDS_OF = {"cpu": ("reference", "torch", "cpu"), "cuda": ("reference", "torch", "triton", "cuda")}
 NOT_WRITTEN = "not written for this op"
 
 ModelName = Annotated[str, typer.Option(metavar="NAME|DIR", help="The model of the memory plan.")]
@@ -87,8 +85,8 @@ def doctor_command(model: ModelName = "demo", sessions: Sessions = 1, json: Json
 def op_lines(no_gpu: str | None) -> tuple[list[OpLine], list[str]]:
     """Every op, device and backend, checked; and what is wrong, a line each. no_gpu: why there is none."""
     from .. import ops  # noqa: F401  (registers the ops)
-    from ..ops.dispatch import REGISTRY, BackendError
-    from ..testing.selfcheck import CASES
+    from ..ops.dispatch import BACKENDS_OF, REGISTRY, BackendError
+    from ..testing.op_cases import CASES
 
     order = [name for name in CASES if name in REGISTRY]
     names = [*order, *(name for name in REGISTRY if name not in order)]

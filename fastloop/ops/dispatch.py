@@ -26,7 +26,8 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
-BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")
+BACKENDS_OF = {"cpu": ("reference", "torch", "cpu"), "cuda": ("reference", "torch", "triton", "cuda")}
+BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")  # all of them, from plain to special
 REGISTRY: dict[str, Op[..., Any]] = {}
 
 
@@ -111,12 +112,16 @@ class Op(Generic[P, R]):
         """The name of the implementation that runs on a device, or BackendError."""
         forced = forced_backends()
         choice = forced.get(self.name) or forced.get("*") or self.default.get(device)
-        if choice in self.implementations:
+        serving = BACKENDS_OF.get(device, ("reference",))
+        if choice in self.implementations and choice in serving:
             return choice
-        why = self.unavailable.get(choice or "", "not implemented")
+        why = f"it serves no {device} tensors"
+        if choice in serving or choice is None:
+            why = self.unavailable.get(choice or "", "not implemented")
         raise BackendError(
             f"op {self.name} on {device}: backend {choice!r} cannot run here ({why}); available are "
-            f"{sorted(self.implementations)}. Change FASTLOOP_BACKEND or run `fastloop doctor`."
+            f"{[b for b in serving if b in self.implementations]}. Change FASTLOOP_BACKEND or run "
+            "`fastloop doctor`."
         )
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -11,9 +11,9 @@ import pytest
 import torch
 from typer.testing import Result
 
-from fastloop.cli.doctor import BACKENDS_OF
-from fastloop.ops.dispatch import BACKENDS, REGISTRY
-from fastloop.testing.selfcheck import CASES, self_check
+from fastloop.ops.dispatch import BACKENDS, BACKENDS_OF, REGISTRY
+from fastloop.testing.op_cases import CASES
+from fastloop.testing.selfcheck import self_check
 
 Run = Callable[..., Result]
 
