@@ -17,9 +17,11 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from .convert import convert_command
+from .data import data_app
 from .doctor import doctor_command
 from .listen import listen_command
 from .terminal import complain
+from .train import train_command
 
 
 class OneLineErrors(TyperGroup):
@@ -90,6 +92,8 @@ def fastloop(
 app.command("listen")(listen_command)
 app.command("doctor")(doctor_command)
 app.command("convert")(convert_command)
+app.command("train")(train_command)
+app.add_typer(data_app)
 
 
 def main() -> None:

@@ -66,32 +66,63 @@ def _reedy(rng: Rng, richness: float) -> np.ndarray:
     return amplitudes
 
 
-def alarm(rng: Rng, seconds: float) -> Sound:
-    """A smoke alarm, a two-tone alarm, a fast pulse train or a sweeping siren, going on for `seconds`."""
-    kind = rng.choice(["smoke", "two_tone", "pulse", "siren"], p=[0.3, 0.2, 0.2, 0.3])
+def siren(rng: Rng, seconds: float) -> Sound:
+    """A tone that sweeps up and down, or up and up again, between 400 and 2300 Hz."""
     n = samples(seconds)
     t = np.arange(n) / SAMPLE_RATE
-    if kind == "siren":
-        low = rng.uniform(400, 900)
-        high = low * rng.uniform(1.5, 2.6)
-        period = log_uniform(rng, 0.15, 4.0)
-        position = (t / period + rng.uniform(0, 1)) % 1.0
-        shape = np.abs(2 * position - 1) if rng.random() < 0.7 else position
-        return normalise(fade(tone(low * (high / low) ** shape, n, _reedy(rng, rng.uniform(0.2, 1)))))
-    if kind == "two_tone":
-        low, period = log_uniform(rng, 500, 1800), rng.uniform(0.16, 0.6)
-        freq = np.where((t / period) % 1.0 < 0.5, low * rng.uniform(1.15, 1.6), low)
-        return normalise(fade(tone(freq, n, _reedy(rng, rng.uniform(0.5, 1)))))
-    y = tone(rng.uniform(2700, 3700), n, _reedy(rng, rng.uniform(0.1, 0.7)))
-    if kind == "smoke":
-        on, gap, pause = rng.uniform(0.4, 0.6), rng.uniform(0.3, 0.5), rng.uniform(0.5, 1.5)
-        cycle = t % (3 * (on + gap) + pause)
-        gate = (cycle % (on + gap) < on) & (cycle < 3 * (on + gap))
-    else:
-        period = log_uniform(rng, 0.08, 0.3)
-        gate = t % period < period * rng.uniform(0.4, 0.7)
-    edges = np.convolve(gate.astype(np.float64), np.hanning(48) / np.hanning(48).sum(), mode="same")
-    return normalise(y * edges)
+    low = rng.uniform(400, 900)
+    high = low * rng.uniform(1.5, 2.6)
+    period = log_uniform(rng, 0.15, 4.0)
+    position = (t / period + rng.uniform(0, 1)) % 1.0
+    shape = np.abs(2 * position - 1) if rng.random() < 0.7 else position
+    return normalise(fade(tone(low * (high / low) ** shape, n, _reedy(rng, rng.uniform(0.2, 1)))))
+
+
+def two_tone(rng: Rng, seconds: float) -> Sound:
+    """Two tones in turn, each 0.08 to 0.3 s long."""
+    n = samples(seconds)
+    t = np.arange(n) / SAMPLE_RATE
+    low, period = log_uniform(rng, 500, 1800), rng.uniform(0.16, 0.6)
+    freq = np.where((t / period) % 1.0 < 0.5, low * rng.uniform(1.15, 1.6), low)
+    return normalise(fade(tone(freq, n, _reedy(rng, rng.uniform(0.5, 1)))))
+
+
+def _piezo(rng: Rng, count: int) -> np.ndarray:
+    """The shrill tone of a small sounder, 2.7 to 3.7 kHz."""
+    return tone(rng.uniform(2700, 3700), count, _reedy(rng, rng.uniform(0.1, 0.7)))
+
+
+def _gated(x: np.ndarray, gate: np.ndarray) -> Sound:
+    """x where gate is true, with edges of 3 ms."""
+    return normalise(x * np.convolve(gate.astype(np.float64), np.hanning(48) / np.hanning(48).sum(), "same"))
+
+
+def smoke_alarm(rng: Rng, seconds: float) -> Sound:
+    """Three shrill beeps and a pause, again and again (the temporal-three pattern of ISO 8201)."""
+    n = samples(seconds)
+    y = _piezo(rng, n)
+    on, gap, pause = rng.uniform(0.4, 0.6), rng.uniform(0.3, 0.5), rng.uniform(0.5, 1.5)
+    cycle = np.arange(n) / SAMPLE_RATE % (3 * (on + gap) + pause)
+    return _gated(y, (cycle % (on + gap) < on) & (cycle < 3 * (on + gap)))
+
+
+def pulses(rng: Rng, seconds: float) -> Sound:
+    """A shrill tone broken into fast pulses, 3 to 12 a second."""
+    n = samples(seconds)
+    y = _piezo(rng, n)
+    period = log_uniform(rng, 0.08, 0.3)
+    return _gated(y, np.arange(n) / SAMPLE_RATE % period < period * rng.uniform(0.4, 0.7))
+
+
+def alarm(rng: Rng, seconds: float) -> Sound:
+    """A smoke alarm, a two-tone alarm, a fast pulse train or a sweeping siren, going on for `seconds`."""
+    kinds: dict[str, Generator] = {
+        "smoke": smoke_alarm,
+        "two_tone": two_tone,
+        "pulse": pulses,
+        "siren": siren,
+    }
+    return kinds[str(rng.choice(list(kinds), p=[0.3, 0.2, 0.2, 0.3]))](rng, seconds)
 
 
 _BELL_PARTIALS = np.array([0.5, 1.0, 1.19, 1.5, 2.0, 2.51, 2.66, 3.01, 4.1, 5.2])
@@ -114,6 +145,11 @@ def _strike(rng: Rng, pitch: float, decay: float, count: int) -> np.ndarray:
 def bell(rng: Rng, seconds: float) -> Sound:
     """A single stroke, a ding-dong, a few strokes, or the ringing of an old telephone; cut at `seconds`."""
     kind = rng.choice(["one", "ding_dong", "strokes", "ringing"], p=[0.25, 0.4, 0.2, 0.15])
+    return bell_of(rng, seconds, str(kind))
+
+
+def bell_of(rng: Rng, seconds: float, kind: str) -> Sound:
+    """The bell of a given kind: one, ding_dong, strokes or ringing."""
     n, pitch = samples(seconds), log_uniform(rng, 350, 1600)
     decay = log_uniform(rng, 0.25, 1.2)
     if kind == "one":

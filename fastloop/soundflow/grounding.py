@@ -1,0 +1,145 @@
+"""Outline -> Plan: every sound gets a source (a clip, a generator, a voice), a seed and a level."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from . import voices
+from .abilities import SubTask
+from .planner import Outline, Rule
+from .sequence import Reply
+from .sounds import DIGITS, SYNTHETIC, Library, sound_of
+from .synth import Rng, log_uniform
+
+BED_DB = (-60.0, -28.0)  # level of what goes on all the time, dB full scale
+SNR_DB = (5.0, 25.0)  # an event above that
+QUIETEST_DB, LOUDEST_DB = -55.0, -9.0
+FEW = 8  # with so many clips, a sound that also has generators comes from a clip every second time
+VOICE_SHARE = 0.15  # of digit strings, said by espeak-ng where it is installed
+DIGIT_NAMES = [name for name in DIGITS if name != "oh"]
+DIGIT_PAUSE_S = (0.03, 0.7)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """Ignored sound under the events; level dB full scale, while audible."""
+
+    label: str
+    source: str
+    seed: int
+    start_s: float
+    seconds: float
+    level_db: float
+
+
+@dataclass(frozen=True)
+class Part:
+    """One event, `gap_s` after the end of the one before. Several sources are heard one after another,
+    with `pauses_s` before each; `text` is what a voice says, a source each word.
+    """
+
+    label: str
+    sources: tuple[str, ...]
+    seed: int
+    gap_s: float
+    level_db: float
+    longest_s: float
+    reply: Reply | None = None
+    text: str = ""
+    pauses_s: tuple[float, ...] = ()
+    speed: float = 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that `compose` needs, apart from the library: a stream is a function of it."""
+
+    id: str
+    split: str
+    seed: int
+    scene: str
+    ability: str
+    sub_task: str
+    seconds: float
+    layers: tuple[Layer, ...]
+    parts: tuple[Part, ...]
+    rules: tuple[Rule, ...] = ()
+    question: str = ""
+    narrow: bool = False  # the whole stream through a telephone's band, up to 4 kHz
+
+
+def source_for(rng: Rng, library: Library, label: str) -> str:
+    """A clip's id or a generator's name."""
+    clips, generators = library.filed.get(label, []), sound_of(label).generators
+    if clips and (not generators or rng.random() < len(clips) / (len(clips) + FEW)):
+        return clips[int(rng.integers(len(clips)))].id
+    return SYNTHETIC + str(rng.choice(list(generators)))
+
+
+def _seed(rng: Rng) -> int:
+    return int(rng.integers(1 << 62))
+
+
+def _layers(rng: Rng, library: Library, outline: Outline, level: float) -> tuple[Layer, ...]:
+    layers = []
+    for i, label in enumerate(outline.beds):
+        below = 0.0 if i == 0 else rng.uniform(0, 20)
+        source = source_for(rng, library, label)
+        layers.append(Layer(label, source, _seed(rng), 0.0, outline.seconds, level - below))
+    for label in outline.passing:
+        source, seconds = source_for(rng, library, label), log_uniform(rng, 0.4, 8.0)
+        start = rng.uniform(0, outline.seconds)
+        above = level + rng.uniform(-5, 15)
+        layers.append(Layer(label, source, _seed(rng), start, seconds, min(above, -20.0)))
+    return tuple(layers)
+
+
+def _digits(rng: Rng, library: Library) -> tuple[tuple[str, ...], str, tuple[float, ...]]:
+    """Sources, what a voice says, and pauses: one recording of a string, clips of one speaker, or a voice."""
+    roll, count = rng.random(), int(rng.integers(1, 7))
+    pauses = tuple(float(p) for p in rng.uniform(*DIGIT_PAUSE_S, count))
+    if roll < VOICE_SHARE and voices.available():
+        said = " ".join(str(rng.choice(DIGIT_NAMES)) for _ in pauses)
+        return (str(voices.draw(rng, library.split)),), said, pauses
+    strings = [clip for clip in library.filed.get("spoken_digits", ()) if clip.words]
+    if strings and (roll < 0.55 or not library.singles):
+        return (strings[int(rng.integers(len(strings)))].id,), "", (0.0,)
+    speakers = sorted(library.singles)
+    clips = library.singles[speakers[int(rng.integers(len(speakers)))]]
+    return tuple(clips[int(rng.integers(len(clips)))].id for _ in pauses), "", pauses
+
+
+def _part(rng: Rng, library: Library, label: str, gap_s: float, bed_db: float) -> Part:
+    sound = sound_of(label)
+    level = float(np.clip(max(bed_db, QUIETEST_DB) + rng.uniform(*SNR_DB), QUIETEST_DB, LOUDEST_DB))
+    sources, text, pauses = (
+        _digits(rng, library)
+        if label == "spoken_digits"
+        else ((source_for(rng, library, label),), "", (0.0,))
+    )
+    speed = float(rng.uniform(0.88, 1.14)) if sound.family in ("digits", "chatter") else 1.0
+    longest = min(sound.longest_s, log_uniform(rng, 1.5, 20.0)) if sound.family != "digits" else 30.0
+    if not sources[0].startswith(SYNTHETIC):
+        longest = sound.longest_s if sound.family != "digits" else 30.0
+    return Part(label, sources, _seed(rng), gap_s, level, longest, sound.reply, text, pauses, speed)
+
+
+def ground(rng: Rng, outline: Outline, task: SubTask, library: Library, name: str) -> Plan:
+    """Draw sources, seeds and levels for an outline."""
+    bed_db = float(rng.uniform(*BED_DB))
+    return Plan(
+        id=name,
+        split=library.split,
+        seed=_seed(rng),
+        scene=outline.scene,
+        ability=task.ability,
+        sub_task=task.name,
+        seconds=outline.seconds,
+        layers=_layers(rng, library, outline, bed_db),
+        parts=tuple(_part(rng, library, label, gap, bed_db) for label, gap in outline.events),
+        rules=outline.rules,
+        question=task.question,
+        narrow=bool(rng.random() < 0.12),
+    )

@@ -1,0 +1,141 @@
+"""What a stream can hold: sounds with their words and replies (sounds.yaml), and where they come from.
+
+A source is named by a string: a clip's id, "synthetic:<generator>" or "espeak-ng/<voice>".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from . import alerts, ambience, synth
+from .clips import Cache, Clip, DataError, read_manifest
+from .sequence import Reply
+from .synth import Generator
+
+SYNTHETIC = "synthetic:"
+GENERATORS: dict[str, Generator] = {
+    **ambience.IGNORE,
+    **alerts.ALERTS,
+    **alerts.LOOKALIKES,
+    "smoke_alarm": synth.smoke_alarm,
+    "two_tone": synth.two_tone,
+    "pulses": synth.pulses,
+    "siren": synth.siren,
+    "beep": synth.beep,
+}
+FAMILIES = ("alert", "notice", "digits", "chatter", "lookalike", "quiet")
+DIGITS = {
+    name: str(value)
+    for value, names in enumerate(
+        ["zero oh", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+    )
+    for name in names.split()
+}
+_TEENS = "ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+_MORE = "twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million point double third"
+_NUMBERS = frozenset(f"{_TEENS} {_MORE} first second".split())  # spoken numbers that are no digits
+
+
+@dataclass(frozen=True)
+class Sound:
+    """One entry of sounds.yaml; reply None: to be ignored."""
+
+    label: str
+    words: str
+    family: str = "quiet"
+    reply: Reply | None = None
+    heard_s: float = 0.25
+    longest_s: float = 6.0
+    generators: tuple[str, ...] = ()
+
+
+@functools.cache
+def known_sounds() -> Mapping[str, Sound]:
+    """label -> Sound, as packaged."""
+    text = resources.files(__package__).joinpath("sounds.yaml").read_text(encoding="utf-8")
+    return {label: _sound(label, row) for label, row in yaml.safe_load(text).items()}
+
+
+def _sound(label: str, row: dict[str, Any]) -> Sound:
+    where = f"sounds.yaml: {label}"
+    unknown = set(row) - {f.name for f in dataclasses.fields(Sound)} - {"emotion"}
+    if unknown:
+        raise DataError(f"{where}: unknown fields {sorted(unknown)}")
+    if row["family"] not in FAMILIES:
+        raise DataError(f"{where}: family {row['family']!r} is none of {FAMILIES}")
+    if missing := set(row.get("generators", ())) - set(GENERATORS):
+        raise DataError(f"{where}: no such generators: {sorted(missing)}")
+    fields = {k: v for k, v in row.items() if k not in ("emotion", "reply", "generators")}
+    reply = Reply(row["reply"], row.get("emotion")) if "reply" in row else None
+    return Sound(label, reply=reply, generators=tuple(row.get("generators", ())), **fields)
+
+
+def sound_of(label: str) -> Sound:
+    """The entry of a label; one that is not known is a sound to ignore, called by its name."""
+    return known_sounds().get(label) or Sound(label, label.replace("_", " "))
+
+
+def filed_under(clip: Clip) -> str | None:
+    """The label under which a clip serves as a source; None: it serves nowhere.
+
+    Speech is filed by what is in it: digits alone, digits among other words, no number at all. Speech
+    with other numbers, or with the letter o (which sounds as "oh", the digit), serves nowhere.
+    """
+    if not clip.label.startswith(("speech_", "spoken_digit")):
+        return clip.label if clip.label != "reference_demo" else None
+    spoken = clip.text.split()
+    digits = [w for w in spoken if w in DIGITS]
+    if not spoken or not set(spoken).isdisjoint(_NUMBERS):
+        return None
+    if not digits:
+        return "speech"
+    if clip.label == "spoken_digit" and len(spoken) == 1:
+        return "spoken_digits"
+    if not clip.words:
+        return None
+    if len(digits) == len(spoken):
+        return "spoken_digits"
+    return "digits_in_speech" if "o" not in spoken else None
+
+
+class Library:
+    """Sources by label: the clips of one split and the generators; decodes and caches clips.
+
+    Attributes:
+        split: "train" or "val" (or any other of the manifest).
+        filed: label -> clips.  cache: decoded clips, and which could not be read.
+    """
+
+    def __init__(self, clips: list[Clip], split: str) -> None:
+        self.split = split
+        self.clips = {clip.id: clip for clip in clips if clip.split == split}
+        self.filed: dict[str, list[Clip]] = {}
+        for clip in self.clips.values():
+            if (label := filed_under(clip)) is not None:
+                self.filed.setdefault(label, []).append(clip)
+        self.singles: dict[str, list[Clip]] = {}  # speaker -> clips of one digit each
+        for clip in self.filed.get("spoken_digits", ()):
+            if len(clip.text.split()) == 1:
+                self.singles.setdefault(clip.group, []).append(clip)
+        self.cache = Cache()
+
+    @classmethod
+    def open(cls, manifest: Path | str, split: str) -> Library:
+        return cls(read_manifest(Path(manifest), split), split)
+
+    def has(self, label: str) -> bool:
+        """Whether anything can make this sound."""
+        return label in self.filed or bool(sound_of(label).generators)
+
+    def clip(self, name: str) -> Clip:
+        if name not in self.clips:
+            raise DataError(f"there is no clip {name!r} in split {self.split!r}")
+        return self.clips[name]
