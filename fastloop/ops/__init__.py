@@ -14,6 +14,9 @@ from .paged_attention import paged_attention, paged_attention_ref
 from .rms_norm import rms_norm, rms_norm_ref
 from .rope_append import rope_append, rope_append_ref
 from .sample import sample, sample_ref
+from .triton import register_triton
+
+register_triton(REGISTRY.values())
 
 __all__ = [
     "REGISTRY",

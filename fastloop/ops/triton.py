@@ -1,0 +1,43 @@
+"""The kernels of fastloop.triton_kernels as backend "triton": imported with the first call of one.
+
+Where triton is missing, the reason is kept for `doctor`. It is no op's default: a kernel becomes one with a
+results file that shows it right and faster on a GPU.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from .dispatch import BackendError, Op
+
+MISSING = "triton is not installed; pip install triton (Linux, a CUDA GPU)"
+
+
+@functools.cache
+def kernel(op: str) -> Callable[..., Any]:
+    """`<op>_triton` of fastloop.triton_kernels.<op>; BackendError where that cannot be imported."""
+    try:
+        module = importlib.import_module(f"fastloop.triton_kernels.{op}")
+    except ImportError as error:
+        raise BackendError(
+            f"op {op}: backend 'triton' does not load ({error}); see `fastloop doctor`"
+        ) from error
+    return getattr(module, f"{op}_triton")
+
+
+def register_triton(ops: Iterable[Op[..., Any]]) -> None:
+    """Give every op its backend "triton"; or record why there is none."""
+    found = importlib.util.find_spec("triton") is not None
+    for op in ops:
+        if found:
+            op.register("triton", functools.partial(_call, op.name))
+        else:
+            op.unavailable["triton"] = MISSING
+
+
+def _call(op: str, *args: Any, **kwargs: Any) -> Any:
+    return kernel(op)(*args, **kwargs)

@@ -1,0 +1,22 @@
+"""rms_norm in Triton against its definition, with and without the fused residual."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fastloop.testing.op_cases import Case, rms_norm_case
+
+Check = Callable[[str, Case], None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (5, 64), (3, 127), (13, 2048)])
+def test_equals_the_definition(
+    check: Check, rows: int, width: int, residual: bool, dtype: torch.dtype
+) -> None:
+    g = torch.Generator().manual_seed(width)
+    check("rms_norm", rms_norm_case(g, rows=rows, width=width, residual=residual, dtype=dtype))

@@ -1,0 +1,51 @@
+"""What several kernels share on the device."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def begin(DEPENDENT: tl.constexpr):
+    """First line of every kernel. Under programmatic dependent launch: let the next kernel's blocks be
+    scheduled, then wait until what the previous kernel wrote is there.
+    """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc [M, N] float32 + a [M, K] b [K, N]; float32 operands are multiplied as such (no TF32)."""
+    if INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16; products of floats are exact
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        acc = tl.dot(a, b, acc, input_precision="ieee")
+    return acc
+
+
+@triton.jit
+def narrow(x, DTYPE: tl.constexpr):
+    """float32 x rounded to nearest, ties to even, in DTYPE."""
+    if INTERPRETED and tl.bfloat16 == DTYPE:  # the interpreter cuts the last 16 bits off
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def gelu(x):
+    """x Phi(x), exact (erf)."""
+    return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def silu(x):
+    """x / (1 + e^-x)."""
+    return x / (1.0 + tl.exp2(-LOG2_E * x))
