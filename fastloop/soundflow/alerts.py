@@ -140,9 +140,8 @@ def squeaks(rng: Rng, seconds: float) -> Sound:
     while at < seconds:
         n = samples(log_uniform(rng, 0.06, 0.7))
         path = np.linspace(1, rng.uniform(0.6, 1.6), n) * rng.uniform(350, 2200)
-        rough = 1 + 0.06 * np.interp(
-            np.arange(n), np.arange(0, n + 160, 160), rng.standard_normal(n // 160 + 2)
-        )
+        knots = rng.standard_normal(n // 160 + 2)
+        rough = 1 + 0.06 * np.interp(np.arange(n), 160 * np.arange(len(knots)), knots)
         harmonics = rng.uniform(0.1, 1, 6) / np.arange(1, 7) ** 0.5
         _add(y, samples(at), fade(tone(path * rough, n, harmonics), 0.02) * rng.uniform(0.3, 1))
         at += n / SAMPLE_RATE + rng.exponential(0.6)
