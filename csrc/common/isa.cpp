@@ -1,19 +1,37 @@
 #include "isa.h"
 
+#include <cstdlib>
 #include <string>
+
+#if defined(FASTLOOP_X86_ISAS)
+#include <cpuid.h>
+#endif
 
 namespace fastloop {
 namespace {
 
+#if defined(FASTLOOP_X86_ISAS)
+// CPUID leaf 7, subleaf 1: EAX bit 4. gcc 12 has no name for it in __builtin_cpu_supports.
+bool has_avxvnni() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) != 0 && (a >> 4 & 1) != 0;
+}
+#endif
+
 bool supported(Isa isa) {
 #if defined(FASTLOOP_X86_ISAS)
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                        __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
     switch (isa) {
+        case Isa::avx512vnni:
+            return avx512 && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16");
         case Isa::avx512:
-            return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                   __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                   __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+            return avx512;
+        case Isa::avxvnni:
+            return avx2 && has_avxvnni();
         case Isa::avx2:
-            return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+            return avx2;
         case Isa::base:
             return true;
     }
@@ -25,13 +43,20 @@ struct Named {
     Isa isa;
     const char* name;
 };
-constexpr Named kBestFirst[] = {{Isa::avx512, "avx512"}, {Isa::avx2, "avx2"}, {Isa::base, "base"}};
+constexpr Named kBestFirst[] = {{Isa::avx512vnni, "avx512vnni"},
+                                {Isa::avx512, "avx512"},
+                                {Isa::avxvnni, "avxvnni"},
+                                {Isa::avx2, "avx2"},
+                                {Isa::base, "base"}};
 
 const std::string& isas() {
     static const std::string names = [] {
         std::string text;
         for (const Named& each : kBestFirst)
-            if (supported(each.isa)) text += (text.empty() ? "" : " ") + std::string(each.name);
+            if (supported(each.isa)) {
+                if (!text.empty()) text += ' ';
+                text += each.name;
+            }
         return text;
     }();
     return names;
@@ -40,6 +65,10 @@ const std::string& isas() {
 }  // namespace
 
 Isa choose_isa(const char* where, const char* name) {
+    if (name == nullptr) {
+        static const char* const forced = std::getenv("FASTLOOP_CPU_ISA");
+        name = forced != nullptr && *forced != '\0' ? forced : nullptr;
+    }
     for (const Named& each : kBestFirst)
         if (supported(each.isa) && (name == nullptr || std::strcmp(name, each.name) == 0)) return each.isa;
     fail(FASTLOOP_UNSUPPORTED, "%s: instruction set \"%s\" is not one of this machine's: %s", where, name,

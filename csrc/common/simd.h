@@ -28,6 +28,43 @@ FASTLOOP_INLINE Quad load4(const float* from) { return *reinterpret_cast<const U
 FASTLOOP_INLINE void store4(float* to, Quad value) { *reinterpret_cast<UnalignedQuad*>(to) = value; }
 
 FASTLOOP_INLINE Lanes splat(float value) { return value - Lanes{}; }
+FASTLOOP_INLINE Lanes load(const float* from) {
+    Lanes v;
+    __builtin_memcpy(&v, from, sizeof v);
+    return v;
+}
+FASTLOOP_INLINE void store(float* to, Lanes v) { __builtin_memcpy(to, &v, sizeof v); }
+
+// The first `count` < kLanes floats, zeros behind them; and back.
+FASTLOOP_INLINE Lanes load_some(const float* from, size_t count) {
+    Lanes v = {};
+    __builtin_memcpy(&v, from, count * sizeof(float));
+    return v;
+}
+FASTLOOP_INLINE void store_some(float* to, Lanes v, size_t count) { __builtin_memcpy(to, &v, count * sizeof(float)); }
+
+// Sum and maximum over the lanes, always in the same order. The maximum is NaN where a lane is.
+FASTLOOP_INLINE float sum(Lanes v) {
+    float lane[kLanes];
+    store(lane, v);
+    for (size_t width = kLanes / 2; width > 0; width /= 2)
+        for (size_t i = 0; i < width; ++i) lane[i] += lane[i + width];
+    return lane[0];
+}
+FASTLOOP_INLINE Lanes louder(Lanes a, Lanes b) { return (a > b) | (a != a) ? a : b; }
+FASTLOOP_INLINE float maximum(Lanes v) {
+    float lane[kLanes], top;
+    store(lane, v);
+    top = lane[0];
+    for (size_t i = 1; i < kLanes; ++i) top = (lane[i] > top) | (lane[i] != lane[i]) ? lane[i] : top;
+    return top;
+}
+
+// The nearest whole number, half to even; |x| < 2^22.
+FASTLOOP_INLINE Lanes nearest(Lanes x) {
+    constexpr float kMagic = 12582912.0f;  // 1.5 x 2^23: the units are the whole numbers
+    return (x + kMagic) - kMagic;
+}
 
 // Rows a, b, c, d of a 4 x 4 block become its columns.
 FASTLOOP_INLINE void transpose4(Quad& a, Quad& b, Quad& c, Quad& d) {
@@ -57,6 +94,47 @@ FASTLOOP_INLINE Lanes log10(Lanes x) {
     q = q * f + 0.144773200f;
     q = q * f - 0.217149779f;
     return e * kHigh + (e * kLow + f * (q * f + kLog10E));
+}
+
+// e^x within 2 ulp; 0 below -87.3 (no denormals), Inf above 88.7, NaN of NaN.
+// x = n ln 2 + f, |f| <= ln 2 / 2; e^f = 1 + f + f^2 q(f), q the polynomial of degree 4 of least relative error, 3e-9.
+FASTLOOP_INLINE Lanes exp(Lanes x) {
+    constexpr float kLog2E = 1.44269504f, kHigh = 0.693145752f, kLow = 1.42860677e-6f;  // ln 2, high part exact times n
+    const Lanes inside = x < -87.3f ? splat(-87.3f) : (x > 88.7f ? splat(88.7f) : x);
+    const Lanes n = nearest(inside * kLog2E);
+    const Lanes f = (inside - n * kHigh) - n * kLow;
+    Lanes q = splat(0.00138144649f);
+    q = q * f + 0.00836878084f;
+    q = q * f + 0.0416683927f;
+    q = q * f + 0.166665196f;
+    q = q * f + 0.49999994f;
+    const Lanes y = (f * f) * q + f + 1.0f;
+    const IntLanes whole = __builtin_convertvector(n, IntLanes), half = whole >> 1;
+    const Lanes a = reinterpret_cast<Lanes>((half + 127) << 23), b = reinterpret_cast<Lanes>((whole - half + 127) << 23);
+    const Lanes scaled = (y * a) * b;  // in two steps: 2^128 alone is no float
+    return x < -87.3f ? Lanes{} : (x > 88.7228f ? splat(__builtin_inff()) : scaled);
+}
+
+// x / (1 + e^-x)
+FASTLOOP_INLINE Lanes silu(Lanes x) { return x / (1.0f + exp(-x)); }
+
+// x times the normal distribution's Phi(x), the exact GELU: Phi(-|x|) = e^(-z^2) u r(u) / 2 with z = |x| / sqrt(2),
+// u = 1 / (1 + 0.4 z) and r the polynomial of degree 9 for which the relative error of erfc is least up to z = 14: 2e-8.
+FASTLOOP_INLINE Lanes gelu(Lanes x) {
+    const Lanes z = (x < 0.0f ? -x : x) * 0.707106781f;
+    const Lanes u = 1.0f / (1.0f + 0.4f * z);
+    Lanes r = splat(-0.0231016371f);
+    r = r * u + 0.163407043f;
+    r = r * u - 0.419151723f;
+    r = r * u + 0.44375214f;
+    r = r * u - 0.200491488f;
+    r = r * u + 0.228449017f;
+    r = r * u + 0.144222796f;
+    r = r * u + 0.21192804f;
+    r = r * u + 0.225295693f;
+    r = r * u + 0.225690126f;
+    const Lanes tail = 0.5f * (exp(-(z * z)) * (u * r));
+    return x * (x < 0.0f ? tail : 1.0f - tail);
 }
 
 // Denormals count as zero while this lives: on many machines each one costs a hundred cycles.

@@ -109,6 +109,6 @@ extern "C" fastloop_status fastloop_mel(const fastloop_mel_params* params) {
         check_pointers(p);
         check_values(p);
         const Isa isa = choose_isa(kWhere, p.isa);
-        FASTLOOP_RUN_KERNEL(isa, mel(p, tables()));
+        FASTLOOP_KERNEL(isa, mel)(p, tables());
     });
 }

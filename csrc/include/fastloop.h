@@ -1,4 +1,4 @@
-/* fastloop's C ABI: kernels on raw pointers, sizes and nothing else. No torch, no exceptions, no allocation.
+/* fastloop's C ABI: kernels on raw pointers, sizes and nothing else. No torch, no exceptions.
  *
  * Every function takes one parameter struct by reference. Fill it with zeros, set `struct_size` to its sizeof, then the
  * fields; a library that knows more fields treats the missing ones as zero. Pointers are host pointers, sizes count
@@ -64,6 +64,64 @@ typedef struct fastloop_mel_params {
 } fastloop_mel_params;
 
 FASTLOOP_API fastloop_status fastloop_mel(const fastloop_mel_params* params);
+
+/* ---- threads ----------------------------------------------------------------------------------------------------- */
+
+/* A fixed team of threads for the calls below: the caller and threads - 1 workers. Calls with the same team follow each
+ * other. Results do not depend on the number of threads. */
+typedef struct fastloop_team fastloop_team;
+
+/* pin: workers stay on one CPU each. */
+FASTLOOP_API fastloop_status fastloop_team_create(size_t threads, int pin, fastloop_team** team);
+FASTLOOP_API void fastloop_team_destroy(fastloop_team* team);
+
+/* ---- linear: y = epilogue(x W^T + bias) + residual ------------------------------------------------------------------ */
+
+typedef enum fastloop_format {
+    FASTLOOP_FLOAT32 = 0,
+    FASTLOOP_BFLOAT16 = 1,
+    FASTLOOP_INT8 = 2, /* per-channel scale; rows of x are rounded to int8 with a scale of their own */
+    FASTLOOP_INT4 = 3  /* scale per channel and group of 32 or 64 inputs; rows of x as for int8 */
+} fastloop_format;
+
+typedef enum fastloop_epilogue { FASTLOOP_NONE = 0, FASTLOOP_GELU = 1 } fastloop_epilogue;
+
+/* Weights [O, D], packed once for the kernels; the source may be freed afterwards. */
+typedef struct fastloop_weight fastloop_weight;
+
+typedef struct fastloop_weight_params {
+    size_t struct_size;
+    int32_t format;     /* fastloop_format: of the packed weights */
+    int32_t source;     /* fastloop_format of `data`: float32 or bfloat16 for both of these, else the same as `format` */
+    size_t out, in;     /* O, D */
+    int32_t gated;      /* 1: rows are [gate; up], the result is silu(gate) * up, O / 2 wide */
+    const void* data;   /* [O, D], contiguous; int4: [O, D / 2], input 2 i in the low nibble, weight + 8 */
+    const void* scale;  /* int8: float32 [O]; int4: bfloat16 [O, D / group]; else NULL */
+    size_t group;       /* int4: 32 or 64; D is a multiple of it */
+    const char* isa;
+} fastloop_weight_params;
+
+FASTLOOP_API fastloop_status fastloop_weight_create(const fastloop_weight_params* params, fastloop_weight** weight);
+FASTLOOP_API void fastloop_weight_destroy(fastloop_weight* weight);
+FASTLOOP_API size_t fastloop_weight_bytes(const fastloop_weight* weight);
+
+typedef struct fastloop_linear_params {
+    size_t struct_size;
+    const fastloop_weight* weight;
+    fastloop_team* team; /* NULL: this thread alone */
+    size_t rows;         /* N, any number */
+    const float* x;      /* [N, D] */
+    size_t x_stride;
+    const float* bias; /* [O] or NULL; NULL for gated weights */
+    int32_t epilogue;  /* fastloop_epilogue; FASTLOOP_NONE for gated weights */
+    const float* residual; /* [N, O'] or NULL; may be `out` */
+    size_t residual_stride;
+    float* out; /* [N, O'], O' = O, or O / 2 for gated weights */
+    size_t out_stride;
+    const char* isa;
+} fastloop_linear_params;
+
+FASTLOOP_API fastloop_status fastloop_linear(const fastloop_linear_params* params);
 
 #ifdef __cplusplus
 }

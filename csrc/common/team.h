@@ -1,0 +1,111 @@
+// A fixed team of threads: the caller and size() - 1 workers that wait for it, first spinning, then parked.
+//
+// A run is one function on every thread. Inside it the threads share work item by item (Crew::each): whoever is free takes
+// the next, so a core that others use too slows the team down by its own share only. Which thread computes an item
+// changes nothing of its result.
+#pragma once
+
+#include <sys/types.h>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+namespace fastloop {
+
+class Team {
+  public:
+    // pin: workers stay on one CPU each, of those this process may use.
+    Team(size_t threads, bool pin);
+    ~Team();
+    Team(const Team&) = delete;
+    Team& operator=(const Team&) = delete;
+
+    size_t size() const { return workers_.size() + 1; }
+
+    // body(context, thread) on every thread, the caller as thread 0; returns when all are done. Runs of several callers
+    // follow each other. Throws Error in a process that was forked off: its workers do not exist there.
+    void run(void (*body)(void*, size_t), void* context);
+
+    // Inside a run, by every thread: returns when all have come.
+    void barrier();
+
+  private:
+    void serve(size_t thread, bool pin);
+
+    std::mutex one_run_;
+    std::vector<std::thread> workers_;
+    pid_t process_;
+    void (*body_)(void*, size_t) = nullptr;
+    void* context_ = nullptr;
+    bool stop_ = false;
+    alignas(64) std::atomic<uint32_t> generation_{0};  // runs begun
+    alignas(64) std::atomic<uint32_t> arrived_{0};
+    alignas(64) std::atomic<uint32_t> phase_{0};  // barriers passed
+};
+
+// Counters from which threads take items; one per call of Crew::each in a run.
+class Claims {
+  public:
+    explicit Claims(size_t count) : counters_(count) {}
+    void clear() {
+        for (Counter& each : counters_) each.next.store(0, std::memory_order_relaxed);
+    }
+    std::atomic<size_t>& at(size_t i) { return counters_[i].next; }
+    size_t size() const { return counters_.size(); }
+
+  private:
+    struct Counter {
+        alignas(64) std::atomic<size_t> next{0};
+    };
+    std::vector<Counter> counters_;
+};
+
+// One thread of a run.
+class Crew {
+  public:
+    Crew(Team& team, Claims& claims, size_t thread) : thread(thread), team_(team), claims_(claims) {}
+
+    // f(item) for every item < items, on whichever thread is free; behind it, all items are done.
+    template <class F>
+    void each(size_t items, F&& f) {
+        std::atomic<size_t>& next = claims_.at(used_++);
+        if (team_.size() == 1) {
+            for (size_t item = 0; item < items; ++item) f(item);
+            return;
+        }
+        for (size_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(item);
+        team_.barrier();
+    }
+
+    const size_t thread;
+
+  private:
+    Team& team_;
+    Claims& claims_;
+    size_t used_ = 0;
+};
+
+// f(crew) on every thread of a team.
+template <class F>
+void run(Team& team, Claims& claims, F&& f) {
+    claims.clear();
+    struct Context {
+        Team& team;
+        Claims& claims;
+        F& f;
+    } context{team, claims, f};
+    team.run(
+        [](void* raw, size_t thread) {
+            Context& c = *static_cast<Context*>(raw);
+            Crew crew(c.team, c.claims, thread);
+            c.f(crew);
+        },
+        &context);
+}
+
+}  // namespace fastloop

@@ -1,0 +1,487 @@
+// linear: a few rows against weights that are read once.
+//
+//   y[r][c] = finish(sum_k x[r][k] w[c][k]),   finish = bias, GELU or SiLU gate, residual
+//
+// Who owns what: a call owns a run of panels of 32 channels; it takes the rows in blocks of up to 14, whose 2 x 14 sums fill the
+// registers, and walks down the panel once per block (the second block finds it in L2). Bytes moved: the panel once, the rows
+// once per panel (from L1).
+// Why this way: for each 4 bytes of a row one broadcast serves two products of 16 channels, so 14 rows take 28 products and
+// 16 loads: the multipliers are the limit, not the loads. The blocks are structs of structs because a compiler keeps
+// those in registers, and arrays on the stack. Prefetches run ahead of the stream into L2 and L1; without them two cores
+// reach three quarters of the rate.
+#include "linear.h"
+
+#include <cstring>
+
+#include "simd.h"
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+using fastloop::Blocks;
+using fastloop::Finish;
+using fastloop::kPanel;
+using fastloop::kUnitBytes;
+using fastloop::Rows;
+using fastloop::Weight;
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr size_t kBlock = 14;
+#elif defined(__AVX2__)
+constexpr size_t kBlock = 3;
+#else
+constexpr size_t kBlock = 1;
+#endif
+constexpr size_t kVectors = kPanel / kLanes;  // of a unit of a panel
+constexpr size_t kFarAhead = 16384, kNearAhead = 4096;  // bytes
+constexpr size_t kFloatRun = 256;  // float sums are cut into runs of so many units: their rounding errors grow with the square root
+
+#define FASTLOOP_FORCE inline __attribute__((always_inline))
+
+// ---- one step of a sum: four bytes of a row against kLanes channels ------------------------------------------------
+
+FASTLOOP_INLINE IntLanes raw(const unsigned char* from) {
+    IntLanes v;
+    __builtin_memcpy(&v, from, sizeof v);
+    return v;
+}
+
+struct Float32 {
+    typedef Lanes Sum;
+    typedef Lanes Channel;
+    typedef Lanes Value;
+    static FASTLOOP_FORCE Channel channel(IntLanes w) { return reinterpret_cast<Lanes>(w); }
+    static FASTLOOP_FORCE Value value(int32_t x) { return reinterpret_cast<Lanes>(x - IntLanes{}); }
+    static FASTLOOP_FORCE void add(Sum& sum, Channel w, Value x) { sum += w * x; }
+};
+
+#if defined(__AVX512BF16__)
+struct Bfloat16 {
+    typedef Lanes Sum;
+    typedef IntLanes Channel;
+    typedef IntLanes Value;
+    static FASTLOOP_FORCE Channel channel(IntLanes w) { return w; }
+    static FASTLOOP_FORCE Value value(int32_t x) { return x - IntLanes{}; }
+    static FASTLOOP_FORCE void add(Sum& sum, Channel w, Value x) {
+        sum = reinterpret_cast<Lanes>(_mm512_dpbf16_ps(reinterpret_cast<__m512>(sum), reinterpret_cast<__m512bh>(w),
+                                                       reinterpret_cast<__m512bh>(x)));
+    }
+};
+#else
+struct Bfloat16 {
+    typedef Lanes Sum;
+    struct Channel {
+        Lanes even, odd;
+    };
+    typedef Channel Value;
+    static FASTLOOP_FORCE Channel channel(IntLanes w) {
+        return {reinterpret_cast<Lanes>(w << 16), reinterpret_cast<Lanes>(w & static_cast<int32_t>(0xffff0000))};
+    }
+    static FASTLOOP_FORCE Value value(int32_t x) { return channel(x - IntLanes{}); }
+    static FASTLOOP_FORCE void add(Sum& sum, const Channel& w, const Value& x) {
+        sum += w.even * x.even;
+        sum += w.odd * x.odd;
+    }
+};
+#endif
+
+// Unsigned bytes of the weights times signed bytes of the row; exact in every variant, so they agree to the bit.
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+struct Bytes {
+    typedef IntLanes Sum;
+    typedef IntLanes Channel;
+    typedef IntLanes Value;
+    static FASTLOOP_FORCE Channel channel(IntLanes w) { return w; }
+    static FASTLOOP_FORCE Value value(int32_t x) { return x - IntLanes{}; }
+    static FASTLOOP_FORCE void add(Sum& sum, Channel w, Value x) {
+#if defined(__AVX512VNNI__)
+        sum = reinterpret_cast<IntLanes>(_mm512_dpbusd_epi32(reinterpret_cast<__m512i>(sum), reinterpret_cast<__m512i>(w),
+                                                             reinterpret_cast<__m512i>(x)));
+#else
+        sum = reinterpret_cast<IntLanes>(_mm256_dpbusd_avx_epi32(
+            reinterpret_cast<__m256i>(sum), reinterpret_cast<__m256i>(w), reinterpret_cast<__m256i>(x)));
+#endif
+    }
+};
+#elif defined(__x86_64__)
+// Even and odd bytes as 16 bit numbers: pmaddwd multiplies and adds pairs of them.
+FASTLOOP_INLINE IntLanes pairs(IntLanes a, IntLanes b) {
+#if defined(__AVX512BW__)
+    return reinterpret_cast<IntLanes>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
+#elif defined(__AVX2__)
+    return reinterpret_cast<IntLanes>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
+#else
+    return reinterpret_cast<IntLanes>(_mm_madd_epi16(reinterpret_cast<__m128i>(a), reinterpret_cast<__m128i>(b)));
+#endif
+}
+typedef int16_t ShortLanes __attribute__((vector_size(4 * FASTLOOP_LANES)));
+struct Bytes {
+    typedef IntLanes Sum;
+    struct Channel {
+        IntLanes even, odd;
+    };
+    typedef Channel Value;
+    static FASTLOOP_FORCE Channel channel(IntLanes w) {
+        constexpr int32_t kEven = 0x00ff00ff;
+        return {w & kEven, (w >> 8) & kEven};
+    }
+    static FASTLOOP_FORCE Value value(int32_t x) {
+        const ShortLanes both = reinterpret_cast<ShortLanes>(x - IntLanes{});
+        return {reinterpret_cast<IntLanes>((both << 8) >> 8), reinterpret_cast<IntLanes>(both >> 8)};
+    }
+    static FASTLOOP_FORCE void add(Sum& sum, const Channel& w, const Value& x) {
+        sum += pairs(w.even, x.even) + pairs(w.odd, x.odd);
+    }
+};
+#else
+struct Bytes {
+    typedef IntLanes Sum;
+    struct Channel {
+        IntLanes byte[4];
+    };
+    struct Value {
+        int32_t byte[4];
+    };
+    static FASTLOOP_FORCE Channel channel(IntLanes w) { return {{w & 255, (w >> 8) & 255, (w >> 16) & 255, (w >> 24) & 255}}; }
+    static FASTLOOP_FORCE Value value(int32_t x) {
+        const uint32_t u = static_cast<uint32_t>(x);
+        return {{static_cast<int8_t>(u), static_cast<int8_t>(u >> 8), static_cast<int8_t>(u >> 16),
+                 static_cast<int8_t>(u >> 24)}};
+    }
+    static FASTLOOP_FORCE void add(Sum& sum, const Channel& w, const Value& x) {
+        for (int j = 0; j < 4; ++j) sum += w.byte[j] * x.byte[j];
+    }
+};
+#endif
+
+// ---- a block: the sums of `R` rows x 32 channels -------------------------------------------------------------------
+
+// V vectors of channels.
+template <class Kind, size_t V>
+struct Channels {
+    typename Kind::Channel own;
+    Channels<Kind, V - 1> rest;
+    FASTLOOP_FORCE void load(const unsigned char* from) {
+        own = Kind::channel(raw(from));
+        rest.load(from + sizeof(IntLanes));
+    }
+    // The nibbles of int4 as bytes: shift 0 for the low ones, 4 for the high ones.
+    FASTLOOP_FORCE void load_nibbles(const unsigned char* from, int shift) {
+        own = Kind::channel((raw(from) >> shift) & 0x0f0f0f0f);
+        rest.load_nibbles(from + sizeof(IntLanes), shift);
+    }
+};
+template <class Kind>
+struct Channels<Kind, 0> {
+    FASTLOOP_FORCE void load(const unsigned char*) {}
+    FASTLOOP_FORCE void load_nibbles(const unsigned char*, int) {}
+};
+
+// The sums of one row.
+template <class Kind, size_t V>
+struct Sums {
+    typename Kind::Sum own;
+    Sums<Kind, V - 1> rest;
+    FASTLOOP_FORCE void set(int32_t value) {
+        own = reinterpret_cast<typename Kind::Sum>(value - IntLanes{});
+        rest.set(value);
+    }
+    FASTLOOP_FORCE void add(const Channels<Kind, V>& w, const typename Kind::Value& x) {
+        Kind::add(own, w.own, x);
+        rest.add(w.rest, x);
+    }
+    FASTLOOP_FORCE void put(void* to) const {
+        __builtin_memcpy(to, &own, sizeof own);
+        rest.put(static_cast<char*>(to) + sizeof own);
+    }
+    FASTLOOP_FORCE void add_to(float* to) const {
+        store(to, load(to) + own);
+        rest.add_to(to + kLanes);
+    }
+    // to += (float) sums x scale: the scales of a group.
+    FASTLOOP_FORCE void scale_to(float* to, const float* scale) const {
+        store(to, load(to) + __builtin_convertvector(own, Lanes) * load(scale));
+        rest.scale_to(to + kLanes, scale + kLanes);
+    }
+};
+template <class Kind>
+struct Sums<Kind, 0> {
+    FASTLOOP_FORCE void set(int32_t) {}
+    FASTLOOP_FORCE void add(const Channels<Kind, 0>&, const typename Kind::Value&) {}
+    FASTLOOP_FORCE void put(void*) const {}
+    FASTLOOP_FORCE void add_to(float*) const {}
+    FASTLOOP_FORCE void scale_to(float*, const float*) const {}
+};
+
+template <class Kind, size_t R>
+struct Block {
+    Sums<Kind, kVectors> own;
+    Block<Kind, R - 1> rest;
+    FASTLOOP_FORCE void zero() {
+        own.set(0);
+        rest.zero();
+    }
+    FASTLOOP_FORCE void set(const int32_t* values) {
+        own.set(-*values);
+        rest.set(values + 1);
+    }
+    FASTLOOP_FORCE void add(const Channels<Kind, kVectors>& w, const int32_t* x) {
+        own.add(w, Kind::value(*x));
+        rest.add(w, x + 1);
+    }
+    FASTLOOP_FORCE void put(float* tile) const {
+        own.put(tile);
+        rest.put(tile + kPanel);
+    }
+    FASTLOOP_FORCE void add_to(float* tile) const {
+        own.add_to(tile);
+        rest.add_to(tile + kPanel);
+    }
+    FASTLOOP_FORCE void scale_to(float* tile, const float* scale) const {
+        own.scale_to(tile, scale);
+        rest.scale_to(tile + kPanel, scale);
+    }
+};
+template <class Kind>
+struct Block<Kind, 0> {
+    FASTLOOP_FORCE void zero() {}
+    FASTLOOP_FORCE void set(const int32_t*) {}
+    FASTLOOP_FORCE void add(const Channels<Kind, kVectors>&, const int32_t*) {}
+    FASTLOOP_FORCE void put(float*) const {}
+    FASTLOOP_FORCE void add_to(float*) const {}
+    FASTLOOP_FORCE void scale_to(float*, const float*) const {}
+};
+
+// What a walk asks for ahead of time. near: a little further down its own panel, into L1. far: from memory into L2; one
+// block of rows needs it as fast as it walks, and of several blocks each fetches its share of the next panel.
+struct Ahead {
+    const unsigned char* far;  // where the share begins
+    size_t step;               // bytes of it for each unit of the walk
+    FASTLOOP_FORCE void at(const unsigned char* near, size_t unit) const {
+        for (size_t line = 0; line < kPanel * kUnitBytes; line += 64) __builtin_prefetch(near + kNearAhead + line, 0, 3);
+        for (size_t line = 0; line < step; line += 64) __builtin_prefetch(far + unit * step + line, 0, 2);
+    }
+};
+
+// Block `block` of `blocks` over a panel of `bytes`, `steps` steps long. Behind the last panel nothing is read, only asked for.
+Ahead ahead_of(const unsigned char* panel, size_t bytes, size_t steps, size_t block, size_t blocks) {
+    if (blocks == 1) return {panel + kFarAhead, kPanel * kUnitBytes};
+    const size_t step = kPanel * kUnitBytes / blocks;
+    return {panel + bytes + block * step * steps, step};
+}
+
+// R rows against one panel -> tile [R][32], float sums, or int32 ones for int8.
+template <class Kind, size_t R>
+void walk(const unsigned char* w, const int32_t* x, size_t units, size_t run, const Ahead& ahead, float* tile) {
+    for (size_t first = 0; first < units; first += run) {
+        const size_t last = first + run < units ? first + run : units;
+        Block<Kind, R> block;
+        block.zero();
+        for (size_t k = first; k < last; ++k) {
+            Channels<Kind, kVectors> channels;
+            channels.load(w + k * kPanel * kUnitBytes);
+            ahead.at(w + k * kPanel * kUnitBytes, k);
+            block.add(channels, x + k * R);
+        }
+        if (first == 0) block.put(tile);
+        else if constexpr (sizeof(typename Kind::Sum) == sizeof(Lanes) && !__is_same(typename Kind::Sum, IntLanes))
+            block.add_to(tile);
+    }
+}
+
+// The same for int4: whole sums of a group, then its scales.
+template <size_t R>
+void walk_groups(const Weight& w, size_t panel, const int32_t* x, const int32_t* group_sum, const Ahead& ahead,
+                 float* tile) {
+    const unsigned char* data = w.data + panel * w.panel_bytes();
+    const uint16_t* scales = w.group_scale + panel * w.groups * kPanel;
+    const size_t pairs_of_units = w.group / 8;
+    std::memset(tile, 0, R * kPanel * sizeof(float));
+    for (size_t g = 0; g < w.groups; ++g, scales += kPanel, group_sum += R) {
+        alignas(64) float scale[kPanel];
+        for (size_t c = 0; c < kPanel; ++c) {
+            const uint32_t bits = static_cast<uint32_t>(scales[c]) << 16;
+            __builtin_memcpy(scale + c, &bits, sizeof bits);
+        }
+        __builtin_prefetch(scales + 16 * kPanel, 0, 3);
+        Block<Bytes, R> block;
+        block.set(group_sum);
+        for (size_t k = 0; k < pairs_of_units; ++k, data += kPanel * kUnitBytes, x += 2 * R) {
+            Channels<Bytes, kVectors> channels;
+            ahead.at(data, g * pairs_of_units + k);
+            channels.load_nibbles(data, 0);
+            block.add(channels, x);
+            channels.load_nibbles(data, 4);
+            block.add(channels, x + R);
+        }
+        block.scale_to(tile, scale);
+    }
+}
+
+template <size_t R>
+void tile_of(const Weight& w, size_t panel, const Rows& rows, size_t first, const Ahead& ahead, float* tile) {
+    const unsigned char* data = w.data + panel * w.panel_bytes();
+    const int32_t* x = reinterpret_cast<const int32_t*>(rows.data + fastloop::rows_bytes(first, w.units));
+    switch (w.format) {
+        case FASTLOOP_FLOAT32: return walk<Float32, R>(data, x, w.units, kFloatRun, ahead, tile);
+        case FASTLOOP_BFLOAT16: return walk<Bfloat16, R>(data, x, w.units, kFloatRun, ahead, tile);
+        case FASTLOOP_INT8: return walk<Bytes, R>(data, x, w.units, w.units, ahead, tile);
+        default: return walk_groups<R>(w, panel, x, rows.group_sum + first * w.groups, ahead, tile);
+    }
+}
+
+template <size_t R>
+void choose(size_t count, const Weight& w, size_t panel, const Rows& rows, size_t first, const Ahead& ahead, float* tile) {
+    if (count == R) tile_of<R>(w, panel, rows, first, ahead, tile);
+    else if constexpr (R > 1) choose<R - 1>(count, w, panel, rows, first, ahead, tile);
+}
+
+// ---- the end of a row ----------------------------------------------------------------------------------------------
+
+// One row of a tile, 32 sums: scales, bias, GELU or gate, residual; `row` is its number in the call.
+void finish_row(const Weight& w, size_t panel, const Rows& rows, size_t row, float* v, const Finish& f) {
+    if (w.format == FASTLOOP_INT8) {
+        const int32_t shift = 128 * rows.sum[row];  // the 128 that the weights were shifted by
+        const Lanes scale = splat(rows.scale[row]);
+        const float* channel = w.scale + panel * kPanel;
+        for (size_t c = 0; c < kPanel; c += kLanes) {
+            const IntLanes sum = raw(reinterpret_cast<const unsigned char*>(v + c)) - shift;
+            store(v + c, __builtin_convertvector(sum, Lanes) * (scale * load(channel + c)));
+        }
+    } else if (w.format == FASTLOOP_INT4) {
+        for (size_t c = 0; c < kPanel; c += kLanes) store(v + c, load(v + c) * rows.scale[row]);
+    }
+    const size_t per_panel = w.gated ? kPanel / 2 : kPanel, first = panel * per_panel;
+    const size_t count = w.width() - first < per_panel ? w.width() - first : per_panel;
+    if (f.bias != nullptr)
+        for (size_t c = 0; c < count; ++c) v[c] += f.bias[first + c];
+    if (w.gated)
+        for (size_t c = 0; c < kPanel / 2; c += kLanes) store(v + c, silu(load(v + c)) * load(v + kPanel / 2 + c));
+    else if (f.epilogue == FASTLOOP_GELU)
+        for (size_t c = 0; c < kPanel; c += kLanes) store(v + c, gelu(load(v + c)));
+    float* out = f.out + row * f.out_stride + first;
+    if (f.residual == nullptr) {
+        std::memcpy(out, v, count * sizeof(float));
+        return;
+    }
+    const float* residual = f.residual + row * f.residual_stride + first;
+    for (size_t c = 0; c < count; ++c) out[c] = v[c] + residual[c];
+}
+
+// ---- the rows ------------------------------------------------------------------------------------------------------
+
+// bfloat16, half to even; NaN stays NaN.
+uint16_t bfloat16(float value) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
+    return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// The largest magnitude of a row; NaN where the row is not finite.
+float magnitude(const float* x, size_t count) {
+    Lanes top = {}, odd = {};  // odd: x - x, which is not zero where x is not finite
+    size_t k = 0;
+    for (; k + kLanes <= count; k += kLanes) {
+        const Lanes v = load(x + k);
+        top = louder(top, v < 0.0f ? -v : v);
+        odd += v - v;
+    }
+    const Lanes v = load_some(x + k, count - k);
+    top = louder(top, v < 0.0f ? -v : v);
+    odd += v - v;
+    return maximum(top) + sum(odd);
+}
+
+// Quarter of a unit, in lanes: round(x * inverse) of 4 * kLanes values as bytes.
+void bytes_of(const float* x, size_t count, float inverse, int8_t* to) {
+    for (size_t k = 0; k < count; k += kLanes) {
+        const size_t some = count - k < kLanes ? count - k : kLanes;
+        const Lanes v = (some == kLanes ? load(x + k) : load_some(x + k, some)) * inverse;
+        const IntLanes q = __builtin_convertvector(nearest(v), IntLanes);
+        typedef int8_t ByteLanes __attribute__((vector_size(FASTLOOP_LANES)));
+        const ByteLanes b = __builtin_convertvector(q, ByteLanes);
+        __builtin_memcpy(to + k, &b, sizeof b);
+    }
+}
+
+constexpr size_t kPiece = 512;  // inputs converted at a time
+
+void pack_bytes(const Weight& w, const float* x, size_t row, size_t place, size_t block_rows, const Rows& to,
+                int32_t* data, int32_t* group_sum) {
+    const float top = magnitude(x, w.in);
+    const bool zero = top < 1e-30f;
+    const float scale = zero ? 0.0f : top / 127.0f, inverse = zero || top != top ? 0.0f : 127.0f / top;
+    alignas(64) int8_t piece[kPiece + 64];
+    int32_t total = 0;
+    for (size_t first = 0; first < w.units * 4; first += kPiece) {
+        const size_t span = w.units * 4 - first < kPiece ? w.units * 4 - first : kPiece;
+        const size_t real = first >= w.in ? 0 : w.in - first < span ? w.in - first : span;
+        bytes_of(x + first, real, inverse, piece);
+        std::memset(piece + real, 0, span - real);
+        for (size_t u = 0; u < span / 4; ++u) {
+            int32_t unit;
+            __builtin_memcpy(&unit, piece + 4 * u, 4);
+            data[(first / 4 + u) * block_rows + place] = unit;
+        }
+        if (w.format == FASTLOOP_INT8) {
+            for (size_t k = 0; k < span; ++k) total += piece[k];
+            continue;
+        }
+        for (size_t g = 0; g < span / w.group; ++g) {
+            int32_t part = 0;
+            for (size_t k = 0; k < w.group; ++k) part += piece[g * w.group + k];
+            group_sum[(first / w.group + g) * block_rows + place] = 8 * part;
+        }
+    }
+    to.scale[row] = top != top ? top : scale;
+    if (w.format == FASTLOOP_INT8) to.sum[row] = total;
+}
+
+void pack_row(const Weight& w, const float* x, size_t row, size_t begin, size_t block_rows, const Rows& to) {
+    int32_t* const data = reinterpret_cast<int32_t*>(to.data + fastloop::rows_bytes(begin, w.units));
+    const size_t place = row - begin;
+    if (w.format == FASTLOOP_FLOAT32) {
+        for (size_t k = 0; k < w.in; ++k) __builtin_memcpy(&data[k * block_rows + place], x + k, 4);
+    } else if (w.format == FASTLOOP_BFLOAT16) {
+        for (size_t u = 0; u < w.units; ++u) {
+            const uint32_t low = bfloat16(x[2 * u]), high = 2 * u + 1 < w.in ? bfloat16(x[2 * u + 1]) : 0u;
+            data[u * block_rows + place] = static_cast<int32_t>(high << 16 | low);
+        }
+    } else {
+        int32_t* const sums = w.format == FASTLOOP_INT4 ? to.group_sum + begin * w.groups : nullptr;
+        pack_bytes(w, x, row, place, block_rows, to, data, sums);
+    }
+}
+
+}  // namespace
+
+namespace FASTLOOP_ISA {
+
+void linear_rows(const Weight& w, const float* x, size_t stride, size_t first, size_t last, const Rows& to) {
+    const Blocks blocks(to.count, kBlock);
+    for (size_t block = 0; block < blocks.count; ++block) {
+        const size_t begin = blocks.begin(block), end = blocks.begin(block + 1);
+        for (size_t row = begin > first ? begin : first; row < end && row < last; ++row)
+            pack_row(w, x + row * stride, row, begin, end - begin, to);
+    }
+}
+
+void linear_panels(const Weight& w, const Rows& rows, const Finish& finish, size_t first, size_t last) {
+    const Blocks blocks(rows.count, kBlock);
+    alignas(64) float tile[kBlock * kPanel];
+    const size_t bytes = w.panel_bytes();
+    for (size_t panel = first; panel < last; ++panel)
+        for (size_t block = 0; block < blocks.count; ++block) {
+            const size_t begin = blocks.begin(block), end = blocks.begin(block + 1);
+            const Ahead ahead = ahead_of(w.data + panel * bytes, bytes, bytes / (kPanel * kUnitBytes), block, blocks.count);
+            choose<kBlock>(end - begin, w, panel, rows, begin, ahead, tile);
+            for (size_t row = begin; row < end; ++row)
+                finish_row(w, panel, rows, row, tile + (row - begin) * kPanel, finish);
+        }
+}
+
+}  // namespace FASTLOOP_ISA
