@@ -104,22 +104,25 @@ class Decoder:
 
         For training and for checking the streaming path; positions are 0..T-1, attention is causal.
         """
-        c, w = self.config.decoder, self.weights
         positions = torch.arange(x.shape[1], device=x.device)
-        for i in range(c.layers):
-            name = f"decoder.layers.{i}."
-            y = F.rms_norm(x, (c.width,), w[name + "norm1.weight"], c.norm_eps)
-            qkv = F.linear(y, w[name + "qkv.weight"], w[name + "qkv.bias"]).unflatten(-1, (-1, c.head_width))
-            q, k, v = qkv.split((c.heads, c.kv_heads, c.kv_heads), dim=2)
-            q, k = (self._rotate_sequence(t, positions) for t in (q, k))
-            y = F.scaled_dot_product_attention(
-                q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
-            )
-            x = x + F.linear(y.transpose(1, 2).flatten(2), w[name + "out.weight"])
-            y = F.rms_norm(x, (c.width,), w[name + "norm2.weight"], c.norm_eps)
-            gate, up = F.linear(y, w[name + "gate_up.weight"]).chunk(2, dim=-1)
-            x = x + F.linear(F.silu(gate) * up, w[name + "down.weight"])
+        for i in range(self.config.decoder.layers):
+            x = self._sequence_layer(x, f"decoder.layers.{i}.", positions)
         return x
+
+    def _sequence_layer(self, x: Tensor, name: str, positions: Tensor) -> Tensor:
+        """One layer on x [B, T, D], positions [T]."""
+        c, w = self.config.decoder, self.weights
+        y = F.rms_norm(x, (c.width,), w[name + "norm1.weight"], c.norm_eps)
+        qkv = F.linear(y, w[name + "qkv.weight"], w[name + "qkv.bias"]).unflatten(-1, (-1, c.head_width))
+        q, k, v = qkv.split((c.heads, c.kv_heads, c.kv_heads), dim=2)
+        q, k = (self._rotate_sequence(t, positions) for t in (q, k))
+        y = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
+        )
+        x = x + F.linear(y.transpose(1, 2).flatten(2), w[name + "out.weight"])
+        y = F.rms_norm(x, (c.width,), w[name + "norm2.weight"], c.norm_eps)
+        gate, up = F.linear(y, w[name + "gate_up.weight"]).chunk(2, dim=-1)
+        return x + F.linear(F.silu(gate) * up, w[name + "down.weight"])
 
     def _rotate_sequence(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [B, T, heads, K] -> rotated by positions [T]."""

@@ -1,16 +1,29 @@
-"""Log-mel of whole streams, as the listening loop sees it chunk by chunk, for training.
+"""Log-mel of whole streams, as the listening loop sees it chunk by chunk; computed once, kept on disk.
 
 `fastloop.mel` is the runtime; this computes all chunks of a finished stream at once and leaves the clamp
-to `clamp`, so that cached streams can be amplified and joined before it.
+to `clamp`, so that kept streams can be amplified, mixed and joined before it.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import FFT_SAMPLES, HOP_SAMPLES
+from ..config import FFT_SAMPLES, HOP_SAMPLES, MEL_BINS
+from ..files import new_directory
 from ..ops.mel import mel_filters
+from .shards import Report, ShardError, Stream, Turn, read_streams
+
+FRAMES, INDEX = "frames.f16", "index.json"
 
 
 def raw_log_mel(pcm: Tensor, chunk_samples: int) -> Tensor:
@@ -29,3 +42,70 @@ def clamp(raw: Tensor) -> Tensor:
     """log10 power [..., chunks, F, C] -> the model's frames: clamp 8 below the running maximum, scale."""
     loudest = raw.amax(dim=(-2, -1), keepdim=True).cummax(dim=-3).values
     return (torch.maximum(raw, loudest - 8.0) + 4.0) / 4.0
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """Streams and their features: stream i has the chunks places[i] = (first, end) of `frames`, a mapped
+    float16 [chunks, F, C] of log10 mel power.
+    """
+
+    streams: tuple[Stream, ...]
+    places: tuple[tuple[int, int], ...]
+    frames: np.ndarray
+
+    def raw(self, index: int) -> Tensor:
+        """float32 [chunks, F, C] of one stream, a copy."""
+        first, end = self.places[index]
+        return torch.from_numpy(self.frames[first:end].astype(np.float32))
+
+    def only(self, abilities: Sequence[str]) -> FeatureSet:
+        """The streams of these abilities."""
+        kept = [i for i, stream in enumerate(self.streams) if stream.ability in abilities]
+        return FeatureSet(
+            tuple(self.streams[i] for i in kept), tuple(self.places[i] for i in kept), self.frames
+        )
+
+
+def feature_set(
+    shards: Sequence[Path], split: str, chunk_frames: int, cache: Path, skipped: Report
+) -> FeatureSet:
+    """The features of a split of the shards, from the directory `cache`, where they are put first if they
+    are not there yet. Another set of shards goes into another subdirectory.
+    """
+    stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards]
+    key = hashlib.sha256(json.dumps([stamp, split, chunk_frames]).encode()).hexdigest()[:12]
+    directory = cache / f"{split}-{key}"
+    if not directory.is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        size = 2 * sum(path.stat().st_size for path in shards)
+        with new_directory(directory, size) as partial:
+            _write(partial, shards, split, chunk_frames, skipped)
+    return _open(directory, chunk_frames)
+
+
+def _write(directory: Path, shards: Sequence[Path], split: str, chunk_frames: int, skipped: Report) -> None:
+    chunk_samples = chunk_frames * HOP_SAMPLES
+    first, streams = [0], []
+    with (directory / FRAMES).open("wb") as file:
+        for stream, pcm in read_streams(shards, split, skipped):
+            whole = F.pad(torch.from_numpy(pcm), (0, -len(pcm) % chunk_samples))
+            raw = raw_log_mel(whole, chunk_samples)
+            file.write(raw.half().numpy().tobytes())
+            first.append(first[-1] + len(raw))
+            streams.append(dataclasses.asdict(stream))
+    if not streams:
+        raise ShardError(f"no usable stream of split {split!r} in {', '.join(map(str, shards))}")
+    (directory / INDEX).write_text(json.dumps({"first": first, "streams": streams}), encoding="utf-8")
+
+
+def _open(directory: Path, chunk_frames: int) -> FeatureSet:
+    index = json.loads((directory / INDEX).read_text(encoding="utf-8"))
+    streams = tuple(
+        Stream(**{**values, "turns": tuple(Turn(**turn) for turn in values["turns"])})
+        for values in index["streams"]
+    )
+    shape = (index["first"][-1], chunk_frames, MEL_BINS)
+    frames = np.memmap(directory / FRAMES, dtype=np.float16, mode="r", shape=shape)
+    places = tuple(zip(index["first"], index["first"][1:], strict=False))
+    return FeatureSet(streams, places, frames)

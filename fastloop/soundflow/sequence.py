@@ -14,7 +14,7 @@ Ross et al. 2011, arXiv 1011.0686). Protocol: Audio Interaction Model, arXiv 260
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..text import Tokenizer, listening_ids, prefix_ids
+from .shards import Turn
 
 IGNORED = -100  # label of what is not learned
 HEARD_S = 0.25  # so much of an event must have been heard before it is answered
@@ -105,3 +106,28 @@ def build(
             labels += spoken if step.said == step.wanted else [IGNORED] * len(spoken)
     tokens = torch.tensor(ids)
     return TokenSequence(tokens, torch.tensor(labels), tokens == t.audio_pad)
+
+
+def due_chunk(answer_s: float, chunk_s: float) -> int:
+    """The first chunk at whose end an answer due from `answer_s` on can be given."""
+    return max(0, math.ceil(answer_s / chunk_s - 1e-9) - 1)
+
+
+def due_replies(turns: Iterable[Turn], chunks: int, chunk_s: float) -> dict[int, Reply]:
+    """Chunk -> the reply due there. Two replies without emotion that fall into one chunk are said in one,
+    any other waits for the next free chunk; what falls behind the last chunk is dropped.
+    """
+    replies: dict[int, Reply] = {}
+    answered = [turn for turn in turns if turn.reply is not None and turn.answer_s is not None]
+    for turn in sorted(answered, key=lambda turn: turn.answer_s or 0.0):
+        chunk = due_chunk(turn.answer_s or 0.0, chunk_s)
+        reply = Reply(turn.reply or "", turn.emotion)
+        there = replies.get(chunk)
+        if there is not None and there.emotion is None and reply.emotion is None:
+            replies[chunk] = Reply(f"{there.text} {reply.text}")
+            continue
+        while chunk in replies:
+            chunk += 1
+        if chunk < chunks:
+            replies[chunk] = reply
+    return replies

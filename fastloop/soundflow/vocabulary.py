@@ -1,8 +1,9 @@
-"""The first model's words: replies, system prompts, a small byte-level BPE, control ids on top."""
+"""A small byte-level BPE with the control tokens on top; the first model's replies and system prompts."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
@@ -36,22 +37,27 @@ def control_names() -> list[str]:
     return [*plain, *EMOTIONS]
 
 
-def tokenizer() -> Tokenizer:
-    """256 bytes, merges of the phrases above, then the control tokens; deterministic."""
+def build_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
+    """256 bytes, the merges of the texts up to `vocab` ids, then the control tokens; deterministic. Text
+    that was not in `texts` costs more tokens, but any text can be spelt.
+    """
     inner = HFTokenizer(models.BPE())
     inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     inner.decoder = decoders.ByteLevel()
-    corpus = [*(r.text for r in REPLIES.values()), SYSTEM_PROMPT, *OTHER_PROMPTS]
-    trainer = trainers.BpeTrainer(
-        vocab_size=480, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
-    )
-    inner.train_from_iterator(corpus * 4, trainer)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=vocab, initial_alphabet=alphabet, show_progress=False)
+    inner.train_from_iterator(texts, trainer)
     inner.add_special_tokens([AddedToken(f"<|{name}|>", special=True) for name in control_names()])
     return Tokenizer(inner)
 
 
+def tokenizer() -> Tokenizer:
+    """The first model's."""
+    return build_tokenizer([*(r.text for r in REPLIES.values()), SYSTEM_PROMPT, *OTHER_PROMPTS] * 4, 480)
+
+
 def token_ids(words: Tokenizer) -> TokenIds:
-    """Where the control tokens of `tokenizer()` ended up: the last ids."""
+    """Where the control tokens of `build_tokenizer` ended up: the last ids."""
     names = control_names()
     ids = dict(zip(names, range(words.vocab_size - len(names), words.vocab_size), strict=True))
     emotions = {name: ids.pop(name) for name in EMOTIONS}

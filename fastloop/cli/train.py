@@ -1,0 +1,78 @@
+"""`fastloop train`: shards of streams -> a model that the engine loads."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..config import ConfigError
+from ..errors import FastloopError
+from .terminal import complain
+
+MISSING = "pip install 'fastloop[train]' installs what training needs"
+
+
+def train_command(
+    stage: Annotated[str, typer.Argument(help="A stage that comes with the package, or a YAML file.")],
+    data: Annotated[list[Path], typer.Option(help="Shards, or directories of them; may be repeated.")],
+    out: Annotated[Path, typer.Option(help="Directory of the run: state, model, log, plot.")],
+    source: Annotated[
+        str | None, typer.Option("--from", help="Checkpoint to start from: a packaged model or a directory.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last saved state in --out.")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(help="Instead of the stage's own number of steps.")] = None,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: as many as there are cores.")] = 0,
+) -> None:
+    """Train a model, or go on with one.
+
+    \b
+    Stages: format, adapter, streaming, instruct (in this order, for a large model); nano (all in one).
+    Examples:
+      fastloop train nano --data corpus --out runs/nano
+      fastloop train nano --data corpus --out runs/nano --resume
+      fastloop train streaming --data corpus --out runs/streaming --from runs/adapter/model
+      torchrun --nproc-per-node 8 -m fastloop train streaming --data corpus --out runs/s --from big
+    """
+    try:
+        finished = _train(stage, data, out, source, resume, steps, threads)
+    except ModuleNotFoundError as error:
+        complain("train", f"{error}; {MISSING}")
+        raise typer.Exit(1) from error
+    except (ConfigError, FastloopError) as error:
+        complain("train", str(error))
+        raise typer.Exit(2) from error
+    raise typer.Exit(0 if finished else 130)
+
+
+def _train(
+    name: str, data: list[Path], out: Path, source: str | None, resume: bool, steps: int | None, threads: int
+) -> bool:
+    import dataclasses
+
+    import torch
+
+    from ..soundflow.shards import find_shards
+    from ..soundflow.stage import read_stage
+    from ..soundflow.trainer import MODEL, Trainer
+
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    stage = read_stage(name)
+    if steps is not None:
+        stage = dataclasses.replace(stage, steps=steps)
+    skipped: list[str] = []
+    trainer = Trainer(stage, find_shards(data), out, source=source, resume=resume, skipped=skipped.append)
+    main = trainer.fabric.is_global_zero
+    if main and skipped:
+        complain("train", f"{len(skipped)} streams could not be used:")
+        for line in skipped:
+            typer.echo(f"  {line}", err=True)
+    finished = trainer.run()
+    if main:
+        state = "complete" if finished else "stopped; --resume goes on"
+        typer.echo(f"step {trainer.step} of {stage.steps}, {state}: {out / MODEL}")
+    return finished

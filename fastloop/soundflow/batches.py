@@ -1,0 +1,144 @@
+"""Kept features -> training batches. Batch n is a function of (seed, n) and of nothing else: not of time,
+of what was drawn before, or of how many processes train. So a run that resumes draws what it would have.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import ModelConfig
+from ..text import Tokenizer
+from .augment import Augment, augment
+from .features import FeatureSet, clamp
+from .objective import Batch, collate
+from .sequence import Reply, build, due_replies, plan
+from .shards import Stream, Turn
+
+RARE = 20  # a reply that fewer turns give has no class of its own, but that of its label
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a batch is drawn.
+
+    chunks: in a batch. rows_s: lengths of a row in seconds; a batch has one of them.
+    balance: 0 draws streams alike, 1 so that every class of answer comes up alike.
+    other_prompt: chance that a row has another system prompt than the model's own.
+    """
+
+    chunks: int = 384
+    rows_s: tuple[float, ...] = (12.8, 25.6)
+    balance: float = 0.5
+    other_prompt: float = 0.3
+
+
+def turn_class(turn: Turn, known: dict[str, int]) -> int:
+    """The probe's class of a turn: of its label and reply if there is one, else of its label, else 0."""
+    return known.get(f"{turn.label}|{turn.reply}", known.get(turn.label, 0))
+
+
+def sound_classes(streams: Iterable[Stream]) -> dict[str, int]:
+    """What the probes tell apart: labels, and labels with a frequent reply ("digit|seven"); from 1 on."""
+    turns = [turn for stream in streams for turn in stream.turns]
+    pairs = Counter(f"{turn.label}|{turn.reply}" for turn in turns if turn.reply is not None)
+    replies = Counter(name.split("|")[0] for name, count in pairs.items() if count >= RARE)
+    names = sorted({turn.label for turn in turns})
+    names += sorted(n for n, count in pairs.items() if count >= RARE and replies[n.split("|")[0]] > 1)
+    return {name: i for i, name in enumerate(names, start=1)}
+
+
+class Batches:
+    """Batches of a feature set; `batches[n]` is batch n."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: Tokenizer,
+        features: FeatureSet,
+        classes: dict[str, int],
+        *,
+        seed: int,
+        plan: BatchPlan,
+        augment: Augment,
+        prompts: Sequence[str] = (),
+    ) -> None:
+        self.config, self.tokenizer, self.features, self.classes = config, tokenizer, features, classes
+        self.seed, self.plan, self.augment, self.prompts = seed, plan, augment, tuple(prompts)
+        self.silent = [i for i, stream in enumerate(features.streams) if stream.silent]
+        self.weights = self._weights()
+
+    def _weights(self) -> np.ndarray:
+        """Chance of each stream [streams]: the mean of count^-balance over the classes of its answers."""
+        answers = [
+            [turn_class(turn, self.classes) for turn in stream.turns if turn.reply is not None]
+            for stream in self.features.streams
+        ]
+        counts = Counter(c for found in answers for c in found)
+        typical = np.median([counts[c] for c in counts]) if counts else 1.0
+        rare = [
+            np.mean([(typical / counts[c]) ** self.plan.balance for c in f]) if f else 1.0 for f in answers
+        ]
+        return np.array(rare) / np.sum(rare)
+
+    def __getitem__(self, number: int) -> Batch:
+        rng = np.random.default_rng([self.seed, number])
+        chunk_s = self.config.chunk_seconds
+        length = max(1, round(float(rng.choice(self.plan.rows_s)) / chunk_s))
+        frames, active, sequences = [], [], []
+        for _ in range(max(1, self.plan.chunks // length)):
+            raw, turns = self._row(rng, length)
+            prompt = None
+            if self.prompts and rng.random() < self.plan.other_prompt:
+                prompt = str(rng.choice(self.prompts))
+            steps = plan(due_replies(turns, len(raw), chunk_s), len(raw), rng)
+            frames.append(clamp(augment(raw, self.augment, rng, self._noise(rng))))
+            active.append(self._active(turns, len(raw)))
+            sequences.append(build(self.config, self.tokenizer, steps, prompt))
+        fill = self.config.tokens.audio_begin
+        return collate(torch.cat(frames), torch.cat(active), sequences, fill)
+
+    def _row(self, rng: np.random.Generator, length: int) -> tuple[Tensor, list[Turn]]:
+        """Streams joined and cut to `length` chunks: raw features, and the turns in the row's time."""
+        parts: list[Tensor] = []
+        turns: list[Turn] = []
+        have, chunk_s = 0, self.config.chunk_seconds
+        while have < length:
+            index = int(rng.choice(len(self.weights), p=self.weights))
+            part = self.features.raw(index)
+            turns += [shifted(turn, have * chunk_s) for turn in self.features.streams[index].turns]
+            parts.append(part)
+            have += len(part)
+        return torch.cat(parts)[:length], [turn for turn in turns if turn.start_s < length * chunk_s]
+
+    def _noise(self, rng: np.random.Generator) -> Tensor | None:
+        return self.features.raw(int(rng.choice(self.silent))) if self.silent else None
+
+    def _active(self, turns: Sequence[Turn], chunks: int) -> Tensor:
+        """int64 [chunks, A]: the class heard in the middle of each audio token; what is answered wins."""
+        count = chunks * self.config.chunk_tokens
+        middle_s = (np.arange(count) + 0.5) * self.config.chunk_seconds / self.config.chunk_tokens
+        active = np.zeros(count, dtype=np.int64)
+        for turn in sorted(turns, key=lambda turn: turn.reply is not None):
+            active[(turn.start_s <= middle_s) & (middle_s < turn.end_s)] = turn_class(turn, self.classes)
+        return torch.from_numpy(active.reshape(chunks, -1))
+
+
+def shifted(turn: Turn, seconds: float) -> Turn:
+    """The same turn, later."""
+    answer_s = None if turn.answer_s is None else turn.answer_s + seconds
+    moved = {"start_s": turn.start_s + seconds, "end_s": turn.end_s + seconds, "answer_s": answer_s}
+    return Turn(**{**turn.__dict__, **moved})
+
+
+def spoken(streams: Iterable[Stream]) -> list[str]:
+    """All replies of the streams, as often as they are given: what a tokenizer is built from."""
+    return [turn.reply for stream in streams for turn in stream.turns if turn.reply is not None]
+
+
+__all__ = ["BatchPlan", "Batches", "Reply", "sound_classes", "spoken", "turn_class"]

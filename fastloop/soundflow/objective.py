@@ -1,0 +1,120 @@
+"""The loss of a batch: text cross-entropy + lambda x control-token cross-entropy (+ probes).
+
+    control  KEEP_SILENCE or TEXT_BEGIN at ASSISTANT, over these two logits alone: the runtime's decision
+             head sees nothing else
+    text     emotion, text and TEXT_END, over the whole vocabulary
+    probes   which class of sound is under each audio token, from the encoder's and the decoder's output.
+             Decisions are rare, this is dense: it teaches hearing long before the decisions do
+
+Source of the first two: Audio Interaction Model, arXiv 2606.05121; lambda 1 there and here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import ModelConfig
+from .sequence import IGNORED, TokenSequence
+from .trainable import Trainable
+
+LOSSES = ("total", "control", "text", "heard", "recognised", "silent_right", "respond_right")
+
+
+class Batch(NamedTuple):
+    """frames float32 [N, F, C], the chunks of all rows in order; ids, labels int64 [B, T]; audio bool
+    [B, T], true at the slots of the audio tokens, N x A of them; active int64 [N, A]: the class of sound
+    under each audio token, 0 where there is none.
+    """
+
+    frames: Tensor
+    ids: Tensor
+    labels: Tensor
+    audio: Tensor
+    active: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(tensor.to(device) for tensor in self))
+
+
+def collate(frames: Tensor, active: Tensor, sequences: Sequence[TokenSequence], fill: int) -> Batch:
+    """frames [N, F, C], active [N, A] and the sequence of each row -> Batch; short rows are filled up with
+    the id `fill`, unlabelled.
+    """
+    longest = max(len(s.ids) for s in sequences)
+
+    def stack(rows: Sequence[Tensor], value: int | bool) -> Tensor:
+        return torch.stack([F.pad(row, (0, longest - len(row)), value=value) for row in rows])
+
+    ids = stack([s.ids for s in sequences], fill)
+    labels = stack([s.labels for s in sequences], IGNORED)
+    return Batch(frames, ids, labels, stack([s.audio for s in sequences], False), active)
+
+
+@dataclass(frozen=True)
+class Weighting:
+    """total = text_weight x text + control_weight x control + probe_weight x (heard + recognised)."""
+
+    text_weight: float = 1.0
+    control_weight: float = 1.0  # lambda
+    probe_weight: float = 0.0
+
+
+class Objective(nn.Module):
+    """Batch -> losses float32 [7] in the order of LOSSES; the first is differentiable, the others are for
+    reading: mean losses, and the share of right decisions where silence and where an answer was right
+    (NaN where there was none).
+    """
+
+    def __init__(self, model: Trainable, weighting: Weighting) -> None:
+        super().__init__()
+        self.model = model
+        self.weighting = weighting
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def forward(self, batch: Batch) -> Tensor:
+        with ops.use_backend("reference"):  # the differentiable one
+            return self._losses(batch)
+
+    def _losses(self, batch: Batch) -> Tensor:
+        encoder, decoder = self.model.stages()
+        tokens = encoder.encode(batch.frames).flatten(0, 1)  # [N A, D]
+        x = F.embedding(batch.ids, decoder.embedding).masked_scatter(batch.audio[..., None], tokens)
+        hidden = decoder.sequence(x)  # [B, T, D]
+        at, t = batch.ids[:, :-1], self.config.tokens
+        labels, before = batch.labels[:, 1:], hidden[:, :-1]  # the label is the next token's
+        learned = labels != IGNORED
+        decides = learned & (at == t.assistant)
+        speaks = learned & ~decides
+        logits = decoder.logits(before[decides])[:, [t.keep_silence, t.text_begin]].float()
+        respond = (labels[decides] == t.text_begin).long()
+        control = F.cross_entropy(logits, respond)
+        text = F.cross_entropy(decoder.logits(before[speaks]).float(), labels[speaks], reduction="sum")
+        text = text / speaks.sum().clamp(min=1)
+        w = self.weighting
+        total = w.text_weight * text + w.control_weight * control
+        heard, recognised = self._probes(tokens, hidden[batch.audio], batch.active.flatten())
+        total = total + w.probe_weight * (heard + recognised)
+        right = (logits.argmax(dim=-1) == respond).float()
+        shares = right[respond == 0].mean(), right[respond == 1].mean()
+        parts = (control, text, heard, recognised, *shares)
+        return torch.stack([total, *(part.detach().float() for part in parts)])
+
+    def _probes(self, tokens: Tensor, hidden: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+        """Cross-entropies of the two probes; tokens, hidden [N A, D], active int64 [N A]."""
+        if self.weighting.probe_weight == 0:
+            nothing = tokens.new_zeros(())
+            return nothing, nothing
+        normed = F.rms_norm(hidden, hidden.shape[-1:])
+        pairs = ((tokens, self.model.heard), (normed, self.model.recognised))
+        heard, recognised = (F.cross_entropy(F.linear(x, w.to(x.dtype)).float(), active) for x, w in pairs)
+        return heard, recognised

@@ -1,0 +1,205 @@
+"""Shards in: webdataset tars of composed streams -> sound and turns, checked field by field.
+
+A sample is `<id>.flac` (16 kHz mono) and `<id>.json` with the fields of `Stream`. What cannot be used is
+never skipped silently: it is reported with its shard, its id and the reason.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import webdataset  # type: ignore[import-untyped]
+
+from ..config import SAMPLE_RATE, ConfigError
+from ..errors import FastloopError
+
+SILENCE = "<no need to response>"  # as StreamAudio-2M spells it
+SPLITS = ("train", "val")
+Report = Callable[[str], None]
+
+
+class ShardError(FastloopError):
+    """A shard or a sample of one is not what it should be; the message says which and why."""
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One sound of a stream. reply None: silence is right. answer_s: the stream time from which the answer
+    is due, None where none is. All times in seconds of the stream.
+    """
+
+    user: str
+    reply: str | None
+    emotion: str | None
+    label: str
+    scene: str
+    start_s: float
+    end_s: float
+    answer_s: float | None
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One composed stream: what it is about and, in time order, what is heard in it."""
+
+    id: str
+    scene: str
+    ability: str
+    sub_task: str
+    split: str
+    seconds: float
+    turns: tuple[Turn, ...]
+
+    @property
+    def silent(self) -> bool:
+        """Nothing in it calls for an answer."""
+        return all(turn.reply is None for turn in self.turns)
+
+
+def find_shards(paths: Sequence[Path]) -> list[Path]:
+    """Tar files, and all tars of directories, in order of name; ShardError where there are none."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(path.rglob("*.tar"))
+            if not inside:
+                raise ShardError(f"{path}: no *.tar in it; `fastloop data build` writes shards")
+            found += inside
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise ShardError(f"{path}: no such file or directory")
+    return found
+
+
+def read_streams(
+    shards: Sequence[Path], split: str | None, skipped: Report
+) -> Iterator[tuple[Stream, np.ndarray]]:
+    """The streams of a split (None: of all) with their sound, float32 [S]; `skipped` is told what is left
+    out and why. ShardError where a tar cannot be read.
+    """
+    for shard in shards:
+        try:
+            for sample in webdataset.WebDataset([str(shard)], shardshuffle=False, empty_check=False):
+                try:
+                    stream = parse_stream(_json(sample))
+                    if split in (None, stream.split):
+                        yield stream, _sound(sample, stream)
+                except (ShardError, ConfigError) as error:
+                    skipped(f"{shard.name}/{sample['__key__']}: {error}")
+        except (OSError, EOFError, ValueError, webdataset.gopen.GopenException) as error:
+            raise ShardError(f"{shard}: cannot be read: {error}") from error
+
+
+def _json(sample: Mapping[str, Any]) -> Mapping[str, Any]:
+    if "json" not in sample:
+        raise ShardError("no .json beside the sound")
+    try:
+        values = json.loads(sample["json"])
+    except ValueError as error:
+        raise ShardError(f".json is not valid: {error}") from error
+    if not isinstance(values, dict):
+        raise ShardError(f".json holds a {type(values).__name__}, not an object")
+    return values
+
+
+def _sound(sample: Mapping[str, Any], stream: Stream) -> np.ndarray:
+    if "flac" not in sample:
+        raise ShardError("no .flac beside the .json")
+    try:
+        pcm, rate = soundfile.read(io.BytesIO(sample["flac"]), dtype="float32")
+    except soundfile.LibsndfileError as error:
+        raise ShardError(f".flac cannot be decoded: {error}") from error
+    if rate != SAMPLE_RATE or pcm.ndim != 1:
+        raise ShardError(f".flac has {rate} Hz and {pcm.ndim} dimension(s); it must be {SAMPLE_RATE} Hz mono")
+    if abs(len(pcm) / SAMPLE_RATE - stream.seconds) > 0.05:
+        raise ShardError(f"duration_s is {stream.seconds:g}, the sound lasts {len(pcm) / SAMPLE_RATE:g} s")
+    return pcm
+
+
+class Fields:
+    """Typed look-ups in a JSON object; an error names the field."""
+
+    def __init__(self, values: Mapping[str, Any], where: str = "") -> None:
+        self.values, self.where = values, where
+
+    def text(self, name: str) -> str:
+        return self._typed(name, str, "a string")
+
+    def optional_text(self, name: str) -> str | None:
+        return None if self.values.get(name) is None else self.text(name)
+
+    def seconds(self, name: str) -> float:
+        value = float(self._typed(name, (int, float), "a number of seconds"))
+        if not (math.isfinite(value) and value >= 0):
+            raise ShardError(f"{self.where}{name}: must be a time in seconds, got {value!r}")
+        return value
+
+    def optional_seconds(self, name: str) -> float | None:
+        return None if self.values.get(name) is None else self.seconds(name)
+
+    def _typed(self, name: str, kind: Any, wanted: str) -> Any:
+        value = self.values.get(name)
+        if not isinstance(value, kind) or isinstance(value, bool):
+            got = "missing" if name not in self.values else f"{value!r}"
+            raise ShardError(f"{self.where}{name}: must be {wanted}, is {got}")
+        return value
+
+
+def parse_stream(values: Mapping[str, Any]) -> Stream:
+    """The JSON of a sample -> Stream; ShardError names the field that is wrong."""
+    fields = Fields(values)
+    turns = values.get("turns")
+    if not isinstance(turns, list):
+        raise ShardError("turns: must be a list")
+    if values.get("split") not in SPLITS:
+        raise ShardError(f"split: must be one of {SPLITS}, is {values.get('split')!r}")
+    parsed = tuple(_turn(turn, i) for i, turn in enumerate(turns))
+    if any(a.start_s > b.start_s for a, b in itertools.pairwise(parsed)):
+        raise ShardError("turns: must be in time order")
+    return Stream(
+        id=fields.text("id"),
+        scene=fields.text("stream_scene_type"),
+        ability=fields.text("ability"),
+        sub_task=fields.text("sub_task"),
+        split=fields.text("split"),
+        seconds=fields.seconds("duration_s"),
+        turns=parsed,
+    )
+
+
+def _turn(values: Any, index: int) -> Turn:
+    where = f"turns[{index}]."
+    if not isinstance(values, dict):
+        raise ShardError(f"turns[{index}]: must be an object, is {values!r}")
+    fields = Fields(values, where)
+    reply: str | None = fields.text("assistant").strip()
+    answer_s = fields.optional_seconds("answer_s")
+    if reply == SILENCE:
+        reply = None
+    elif not reply:
+        raise ShardError(f"{where}assistant: is empty; silence is spelt {SILENCE!r}")
+    if (reply is None) != (answer_s is None):
+        raise ShardError(f"{where}answer_s: is {answer_s!r}, but assistant is {values['assistant']!r}")
+    turn = Turn(
+        user=fields.optional_text("user") or "",
+        reply=reply,
+        emotion=fields.optional_text("emotion") if reply is not None else None,
+        label=fields.text("label"),
+        scene=fields.optional_text("scene_type") or "",
+        start_s=fields.seconds("start_s"),
+        end_s=fields.seconds("end_s"),
+        answer_s=answer_s,
+    )
+    if turn.end_s < turn.start_s:
+        raise ShardError(f"{where}end_s: {turn.end_s:g} is before start_s {turn.start_s:g}")
+    return turn

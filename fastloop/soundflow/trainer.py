@@ -1,0 +1,279 @@
+"""A training run: stage + shards -> a directory with the model, its state, a log and a plot.
+
+    OUT/stage.json  model.json  tokenizer.json  classes.json    what is trained, fixed at the start
+    OUT/features/                                 log-mel of the shards, computed once
+    OUT/state.ckpt                                weights, optimiser, step: what `resume` goes on from
+    OUT/model/                                    the weights as a checkpoint that the runtime loads
+    OUT/log.csv  loss.png                         every step
+
+One process on a CPU or a GPU; under torchrun, FSDP2 over all processes. A step is a function of (seed,
+step number), so a run that was interrupted and resumed computes what an uninterrupted one would have: to
+the bit on a CPU in float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.strategies.model_parallel import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+
+from ..checkpoint import TOKENIZER, load, save
+from ..config import ConfigError, ModelConfig
+from ..errors import FastloopError
+from ..text import Tokenizer
+from .batches import Batches, sound_classes, spoken
+from .features import FeatureSet, feature_set
+from .objective import LOSSES, Objective
+from .report import LossLog, Ticker, plot_losses
+from .shards import Report, ShardError
+from .stage import PRECISIONS, Stage, stage_from
+from .trainable import Trainable, initial_weights
+
+STATE, LOG, PLOT = "state.ckpt", "log.csv", "loss.png"
+MODEL, STAGE, CONFIG, CLASSES = "model", "stage.json", "model.json", "classes.json"
+ROOT = "model.root."  # prefix of the model's own weights in a state
+
+
+class TrainError(FastloopError):
+    """A run cannot start, go on or resume; the message says why."""
+
+
+def make_fabric() -> Fabric:
+    """One device; under torchrun one process of many, with FSDP2."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        return Fabric(accelerator="auto", devices=1)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+    strategy = ModelParallelStrategy(
+        shard, data_parallel_size=world, tensor_parallel_size=1, save_distributed_checkpoint=False
+    )
+    return Fabric(accelerator="auto", devices=local, num_nodes=world // local, strategy=strategy)
+
+
+def shard(objective: Objective, mesh: DeviceMesh) -> Objective:
+    """FSDP2: every layer on its own, then what is left as one."""
+    for layer in objective.model.layers():
+        fully_shard(layer, mesh=mesh["data_parallel"])
+    fully_shard(objective, mesh=mesh["data_parallel"])
+    return objective
+
+
+class Trainer:
+    """One run in one directory. `run` trains to the end of the stage, or to the first stop signal."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        shards: list[Path],
+        out: Path,
+        *,
+        source: str | None = None,
+        resume: bool = False,
+        skipped: Report = print,
+    ) -> None:
+        self.stage, self.out = stage, out
+        self.fabric = make_fabric()
+        self.fabric.launch()
+        self.step, self.stopped = 0, False
+        self._check_directory(resume)
+        features = self._features(shards, skipped)
+        self.config, self.tokenizer, weights = self._model(features, source, resume)
+        classes = self._classes(features, resume)
+        self.batches = Batches(
+            self.config,
+            self.tokenizer,
+            features,
+            classes,
+            seed=stage.seed,
+            plan=stage.batch,
+            augment=stage.augment,
+            prompts=stage.prompts,
+        )
+        objective = Objective(
+            Trainable(self.config, weights, len(classes) + 1, PRECISIONS[stage.precision]), stage.loss
+        )
+        self._freeze(objective)
+        self.objective, self.optimizer = self._setup(objective)
+        if resume:
+            self._restore()
+
+    def _check_directory(self, resume: bool) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        exists = (self.out / STATE).exists()
+        if exists and not resume:
+            raise TrainError(f"{self.out / STATE} exists: give --resume to go on, or another --out")
+        if resume and not exists:
+            raise TrainError(f"{self.out / STATE}: nothing to resume from")
+
+    def _features(self, shards: list[Path], skipped: Report) -> FeatureSet:
+        """Rank 0 computes them if they are not there; then everybody maps them."""
+        frames = self.stage.model.chunk_frames if self.stage.model else 40
+        cache = self.out / "features"
+        with self.fabric.rank_zero_first():
+            found = feature_set(shards, "train", frames, cache, skipped)
+        if not self.stage.abilities:
+            return found
+        kept = found.only(self.stage.abilities)
+        if not kept.streams:
+            raise ShardError(f"no stream has one of the abilities {', '.join(self.stage.abilities)}")
+        return kept
+
+    def _model(
+        self, features: FeatureSet, source: str | None, resume: bool
+    ) -> tuple[ModelConfig, Tokenizer, Mapping[str, Tensor]]:
+        """What is trained: of the run that is resumed, of the checkpoint `source`, or new."""
+        if resume:
+            config = ModelConfig.from_json((self.out / CONFIG).read_text(encoding="utf-8"), CONFIG)
+            tokenizer = Tokenizer.from_file(self.out / TOKENIZER)
+            return config, tokenizer, initial_weights(config, self.stage.seed)
+        if source is not None:
+            model = load(source, dtype="float32")
+            config, tokenizer, weights = model.config, model.tokenizer, model.weights
+        elif self.stage.model is not None:
+            config, tokenizer = self.stage.model.build([*spoken(features.streams), *self.stage.prompts])
+            weights = initial_weights(config, self.stage.seed)
+        else:
+            raise TrainError(f"stage {self.stage.name!r} makes no model: give one to start from with --from")
+        if self.fabric.is_global_zero:
+            (self.out / CONFIG).write_text(config.to_json(), encoding="utf-8")
+            (self.out / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
+            described = json.dumps(dataclasses.asdict(self.stage), indent=2)
+            (self.out / STAGE).write_text(described, encoding="utf-8")
+        return config, tokenizer, weights
+
+    def _classes(self, features: FeatureSet, resume: bool) -> dict[str, int]:
+        """The classes of the probes, fixed at the start of a run."""
+        path = self.out / CLASSES
+        if resume:
+            return json.loads(path.read_text(encoding="utf-8"))
+        classes = sound_classes(features.streams)
+        if self.fabric.is_global_zero:
+            path.write_text(json.dumps(classes, indent=1), encoding="utf-8")
+        return classes
+
+    def _freeze(self, objective: Objective) -> None:
+        unknown = set(self.stage.trains)
+        for name, parameter in objective.model.root.named_parameters():
+            hits = {prefix for prefix in self.stage.trains if name.startswith(prefix)}
+            parameter.requires_grad_(bool(hits))
+            unknown -= hits
+        if unknown:
+            raise ConfigError(f"Stage.trains: no weight begins with {', '.join(sorted(unknown))}")
+
+    def _setup(self, objective: Objective) -> tuple[Any, Any]:
+        """AdamW (arXiv 1711.05101); matrices decay, gains and biases do not."""
+        module = self.fabric.setup_module(objective)
+        moving = [p for p in module.parameters() if p.requires_grad]
+        groups = [
+            {"params": [p for p in moving if p.dim() > 1], "weight_decay": self.stage.weight_decay},
+            {"params": [p for p in moving if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=self.stage.rate(0), betas=(0.9, 0.98), fused=True)
+        return module, self.fabric.setup_optimizers(optimizer)
+
+    def _restore(self) -> None:
+        before = stage_from(json.loads((self.out / STAGE).read_text(encoding="utf-8")), STAGE)
+        state = {"model": self.objective, "optimizer": self.optimizer, "step": 0}
+        self.fabric.load(self.out / STATE, state)
+        self.step = int(state["step"])
+        if not self.stage.same_path(before, self.step):
+            raise TrainError(
+                f"{self.out}: the run so far followed another stage file ({self.out / STAGE}) than "
+                f"{self.stage.name!r}; resume with that one, or start anew with --from {self.out / MODEL}"
+            )
+        if self.fabric.is_global_zero:
+            described = json.dumps(dataclasses.asdict(self.stage), indent=2)
+            (self.out / STAGE).write_text(described, encoding="utf-8")
+
+    def run(self) -> bool:
+        """Train; True when the stage is complete, False when a signal (Ctrl-C, TERM) ended it early. The
+        state is saved every `save_minutes`, at the end and at such a signal.
+        """
+        first, began, saved = self.step, time.monotonic(), time.monotonic()
+        main = self.fabric.is_global_zero
+        log = LossLog(self.out / LOG, self.step) if main else None
+        ticker = Ticker(first, self.stage.steps) if main else None
+        restore = {number: signal.signal(number, self._stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            while self.step < self.stage.steps and not self.stopped:
+                losses = self.advance()
+                now = time.monotonic()
+                if log is not None and ticker is not None:
+                    log.write(self.step, self.stage.rate(self.step - 1), now - began, losses)
+                    ticker.show(self.step, now - began, losses)
+                if now - saved > 60 * self.stage.save_minutes:
+                    self.save()
+                    saved = now
+            self.save()
+        finally:
+            for number, handler in restore.items():
+                signal.signal(number, handler)
+            if log is not None and ticker is not None:
+                log.close()
+                ticker.close()
+        if main:
+            plot_losses(self.out / LOG, self.out / PLOT)
+        return not self.stopped
+
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        self.stopped = True
+
+    def advance(self) -> list[float]:
+        """One optimiser step -> its losses, the means over the batches of this process."""
+        stage, fabric = self.stage, self.fabric
+        for group in self.optimizer.param_groups:
+            group["lr"] = stage.rate(self.step)
+        found = torch.zeros(len(LOSSES))
+        for part in range(stage.accumulate):
+            number = (self.step * stage.accumulate + part) * fabric.world_size + fabric.global_rank
+            batch = self.batches[number].to(fabric.device)
+            with fabric.no_backward_sync(self.objective, enabled=part + 1 < stage.accumulate):
+                losses = self.objective(batch)
+                fabric.backward(losses[0] / stage.accumulate)
+            found += losses.detach().float().cpu() / stage.accumulate
+        if not torch.isfinite(found[0]):
+            raise TrainError(
+                f"step {self.step}: the loss is {found[0]}; go on from the last state with a lower peak_rate"
+            )
+        self.fabric.clip_gradients(self.objective, self.optimizer, max_norm=stage.clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step += 1
+        return found.tolist()
+
+    def save(self) -> None:
+        """The state, then the model made from it; each is there whole or not at all."""
+        part = self.out / f"{STATE}.part"
+        self.fabric.save(part, {"model": self.objective, "optimizer": self.optimizer, "step": self.step})
+        if self.fabric.is_global_zero:
+            os.replace(part, self.out / STATE)
+            export(self.out, self.out / MODEL)
+        self.fabric.barrier()
+
+
+def export(run: Path, to: Path, dtype: torch.dtype = torch.bfloat16) -> Path:
+    """The weights of a run's last state as a checkpoint directory; an older one there is replaced."""
+    state = torch.load(run / STATE, map_location="cpu", mmap=True, weights_only=True)["model"]
+    weights = {
+        name.removeprefix(ROOT): value.to(dtype) for name, value in state.items() if name.startswith(ROOT)
+    }
+    config = ModelConfig.from_json((run / CONFIG).read_text(encoding="utf-8"), CONFIG)
+    fresh = to.with_name(f"{to.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    save(fresh, config, weights, (run / TOKENIZER).read_text(encoding="utf-8"))
+    shutil.rmtree(to, ignore_errors=True)
+    return fresh.rename(to)
