@@ -58,7 +58,11 @@ def self_check(op: str, backend: str, device: str = "cpu") -> Finding:
 def compare(implementation: Implementation, case: Case) -> Finding:
     """One call: the result that errs most, or what is wrong."""
     reference = REGISTRY[implementation.op].reference
-    truths = case.truth(case.arguments) if case.truth else results(reference, widened(case), case.mutates)
+    truths = (
+        case.truth(case.arguments)
+        if case.truth
+        else results(reference, widened(case.arguments), case.mutates)
+    )
     plains = results(reference, case.arguments, case.mutates)
     arguments = copied(case.arguments, GUARD)
     outs = _call(implementation, arguments, case.mutates)
@@ -67,11 +71,12 @@ def compare(implementation: Implementation, case: Case) -> Finding:
         return Finding(None, None, touched)
     found = Finding(0.0, 0.0)
     for number, (out, plain, truth) in enumerate(zip(outs, plains, truths, strict=True)):
-        found = _worse(found, _judge(f"result {number}", out, plain, truth))
+        found = _worse(found, judge(f"result {number}", out, plain, truth))
     return found
 
 
-def _judge(name: str, out: Tensor, plain: Tensor, truth: Tensor) -> Finding:
+def judge(name: str, out: Tensor, plain: Tensor, truth: Tensor) -> Finding:
+    """One result, against what plain PyTorch makes of the same and the truth."""
     if out.shape != plain.shape or out.dtype != plain.dtype:
         made, must = f"{out.dtype} {list(out.shape)}", f"{plain.dtype} {list(plain.shape)}"
         return Finding(None, None, f"{name} is {made}, must be {must}")
@@ -96,11 +101,11 @@ def _worse(a: Finding, b: Finding) -> Finding:
     return max(a, b, key=lambda found: (found.error or 0.0, found.bound or 0.0))
 
 
-def widened(case: Case) -> Arguments:
+def widened(arguments: Arguments) -> Arguments:
     """The arguments in float64."""
     return {
         name: v.double() if isinstance(v, Tensor) and v.is_floating_point() else v
-        for name, v in case.arguments.items()
+        for name, v in arguments.items()
     }
 
 

@@ -20,3 +20,7 @@ def error_bound(plain: Tensor, reference: Tensor, dtype: torch.dtype, factor: fl
     float64; at least one rounding of the result (where plain PyTorch happens to be exact).
     """
     return factor * max(relative_error(plain, reference), torch.finfo(dtype).eps)
+
+
+# Two float64 formulas of one thing: sums of at most 2^16 terms in different orders.
+FORMULA_BOUND = 2.0**16 * torch.finfo(torch.float64).eps

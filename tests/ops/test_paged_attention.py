@@ -1,0 +1,253 @@
+"""The op `paged_attention`: every implementation against the definition, the definition against numpy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from scipy.special import softmax
+from torch import Tensor
+
+from fastloop.testing.assertions import assert_defined, assert_near, assert_right, bits, seeded
+from fastloop.testing.implementations import Implementation, copied
+from fastloop.testing.op_cases import Arguments, Case, paged_attention_case
+
+seeds = st.integers(0, 2**32 - 1)
+every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Sequences of any kind: listeners, speakers, speculation; with and without a gap; padded ones."""
+
+    rows: list[int]
+    lens: list[int]
+    gaps: list[tuple[int, int]]
+
+    def case(self, seed: int, **dims: Any) -> Case:
+        return paged_attention_case(seeded(seed), rows=self.rows, lens=self.lens, gaps=self.gaps, **dims)
+
+
+@st.composite
+def batches(draw: st.DrawFn, least: int = 1, most: int = 5, least_rows: int = 0) -> Batch:
+    rows, lens, gaps = [], [], []
+    for _ in range(draw(st.integers(least, most))):
+        count = draw(st.sampled_from([n for n in (0, 1, 1, 2, 13, 13, 26, 64) if n >= least_rows]))
+        context = draw(st.integers(0, 70))
+        begin = draw(st.integers(0, context))
+        rows.append(count)
+        lens.append(context + count)
+        gaps.append((begin, draw(st.integers(begin, context))))
+    return Batch(rows, lens, gaps)
+
+
+dims = st.fixed_dictionaries(
+    {
+        "page": st.sampled_from([1, 3, 8, 16, 64]),
+        "kv_heads": st.integers(1, 3),
+        "head_width": st.one_of(st.sampled_from([64, 128]), st.integers(1, 40)),
+    }
+)
+repeats = st.sampled_from([1, 2, 7, 8])
+
+
+@every_dtype
+@given(seed=seeds, batch=batches(), repeat=repeats, dims=dims)
+def test_errs_at_most_twice_as_much_as_torch(
+    implementation: Implementation,
+    dtype: torch.dtype,
+    seed: int,
+    batch: Batch,
+    repeat: int,
+    dims: dict[str, int],
+) -> None:
+    """Slots of nobody and of the gap are NaN; entries behind the last page are no page."""
+    case = batch.case(seed, heads=repeat * dims["kv_heads"], dtype=dtype, **dims)
+    assert_right(implementation, case)
+
+
+@given(seed=seeds, batch=batches())
+def test_pages_of_another_dtype(implementation: Implementation, seed: int, batch: Batch) -> None:
+    assert_right(implementation, batch.case(seed, page_dtype=torch.bfloat16))
+
+
+@given(seed=seeds)
+def test_long_contexts(implementation: Implementation, seed: int) -> None:
+    batch = Batch([13, 1, 3], [3000, 1029, 4096], [(40, 51), (0, 0), (5, 4000)])
+    assert_right(implementation, batch.case(seed, page=64, heads=2, kv_heads=1))
+
+
+def dense(a: Arguments, b: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """q [n, H, K], k and v [s, G, K] of the slots outside the gap, and their numbers [s], of sequence b."""
+    page = a["k_pages"].shape[1]
+    first, last = (int(a["row_starts"][i]) for i in (b, b + 1))
+    begin, end = a["gaps"][b].tolist()
+    slots = np.array([s for s in range(int(a["kv_lens"][b])) if not begin <= s < end], dtype=np.int64)
+    where = a["block_table"][b].numpy()[slots // page], slots % page
+    return a["q"][first:last].numpy(), a["k_pages"].numpy()[where], a["v_pages"].numpy()[where], slots
+
+
+def in_numpy(**a: Tensor) -> np.ndarray:
+    """Row by row and head by head over exactly what the row sees."""
+    out = np.empty(a["q"].shape)
+    repeat = a["q"].shape[1] // a["k_pages"].shape[2]
+    for b in range(len(a["kv_lens"])):
+        q, k, v, slots = dense(a, b)
+        for i, row in enumerate(q):
+            own = int(a["kv_lens"][b]) - len(q) + i
+            for h, query in enumerate(row):
+                keys, values = (x[slots <= own, h // repeat] for x in (k, v))
+                weights = softmax(keys @ query / np.sqrt(len(query)))
+                out[int(a["row_starts"][b]) + i, h] = weights @ values
+    return out
+
+
+@given(seed=seeds, batch=batches(most=3), repeat=repeats, page=st.sampled_from([1, 3, 8, 64]))
+def test_definition(seed: int, batch: Batch, repeat: int, page: int) -> None:
+    case = batch.case(seed, heads=2 * repeat, kv_heads=2, head_width=6, page=page)
+    assert_defined("paged_attention", case, in_numpy)
+
+
+@every_dtype
+@given(seed=seeds, count=st.integers(1, 64), page=st.sampled_from([3, 8, 64]))
+def test_equals_torch_on_a_whole_sequence(
+    implementation: Implementation, dtype: torch.dtype, seed: int, count: int, page: int
+) -> None:
+    """Nothing in the cache before: plain causal attention."""
+    a = Batch([count], [count], [(0, 0)]).case(seed, page=page, dtype=dtype).arguments
+    q, k, v = (torch.from_numpy(x)[None].transpose(1, 2) for x in dense(floats(a), 0)[:3])
+    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert_near(theirs[0].transpose(0, 1).to(dtype), "paged_attention", a)
+    assert_near(implementation(**a), "paged_attention", a)
+
+
+def floats(a: Arguments) -> Arguments:
+    """numpy knows no bfloat16."""
+    return a | {name: a[name].float() for name in ("q", "k_pages", "v_pages")}
+
+
+def only(a: Arguments, b: int) -> Arguments:
+    """The call with sequence b alone."""
+    first, last = (int(a["row_starts"][i]) for i in (b, b + 1))
+    part = {name: a[name][b : b + 1] for name in ("block_table", "kv_lens", "gaps")}
+    starts = torch.tensor([0, last - first], dtype=torch.int32)
+    return a | part | {"q": a["q"][first:last], "row_starts": starts}
+
+
+@every_dtype
+@given(seed=seeds, batch=batches())
+def test_a_sequence_alone_and_in_a_batch(
+    implementation: Implementation, dtype: torch.dtype, seed: int, batch: Batch
+) -> None:
+    a = batch.case(seed, dtype=dtype).arguments
+    alone = [implementation(**only(a, b)) for b in range(len(batch.rows))]
+    assert_near(torch.cat(alone), "paged_attention", a)
+
+
+@given(seed=seeds, batch=batches(least_rows=1))
+def test_row_by_row_and_all_at_once(implementation: Implementation, seed: int, batch: Batch) -> None:
+    """Streaming equals batch: a row's result does not depend on the rows behind it."""
+    a = batch.case(seed).arguments
+    steps = []
+    for b, count in enumerate(batch.rows):
+        for i in range(count):
+            one = only(a, b)
+            one["q"] = one["q"][i : i + 1]
+            one["kv_lens"] = one["kv_lens"] - (count - 1 - i)
+            one["row_starts"] = torch.tensor([0, 1], dtype=torch.int32)
+            steps.append(implementation(**one))
+    assert_near(torch.cat(steps), "paged_attention", a)
+
+
+@every_dtype
+@given(seed=seeds, batch=batches(), page=st.sampled_from([1, 3, 8]))
+def test_where_the_pages_lie_does_not_matter(
+    implementation: Implementation, dtype: torch.dtype, seed: int, batch: Batch, page: int
+) -> None:
+    """To the bit."""
+    a = batch.case(seed, page=page, dtype=dtype).arguments
+    order = torch.randperm(len(a["k_pages"]), generator=seeded(seed + 1))  # new place -> old page
+    place = order.argsort().int()
+    real = a["block_table"] < len(order)
+    moved = a | {name: a[name][order] for name in ("k_pages", "v_pages")}
+    moved["block_table"] = torch.where(real, place[a["block_table"].where(real, 0)], a["block_table"])
+    assert torch.equal(implementation(**moved), implementation(**a))
+
+
+@every_dtype
+@given(seed=seeds, batch=batches(), page=st.sampled_from([1, 3, 8]))
+def test_a_gap_is_as_if_it_were_not_there(
+    implementation: Implementation, dtype: torch.dtype, seed: int, batch: Batch, page: int
+) -> None:
+    """The same keys and values without the gap, in pages of their own."""
+    a = batch.case(seed, page=page, dtype=dtype).arguments
+    lens = [n - (end - begin) for n, (begin, end) in zip(batch.lens, batch.gaps, strict=True)]
+    closed = Batch(batch.rows, lens, [(0, 0)] * len(lens)).case(seed, page=page, dtype=dtype).arguments
+    closed["q"] = a["q"]
+    for b in range(len(lens)):
+        _, k, v, _ = dense(floats(a), b)
+        slots = torch.arange(lens[b])
+        where = closed["block_table"][b][slots // page].long(), slots % page
+        closed["k_pages"][where] = torch.from_numpy(k).to(dtype)
+        closed["v_pages"][where] = torch.from_numpy(v).to(dtype)
+    assert_near(implementation(**closed), "paged_attention", a)
+
+
+@given(seed=seeds, batch=batches())
+def test_a_gap_behind_the_slots_is_none(implementation: Implementation, seed: int, batch: Batch) -> None:
+    """While a prefix is fed, its gap lies where nothing is written yet."""
+    open_end = Batch(batch.rows, batch.lens, [(n, n + 5) for n in batch.lens]).case(seed).arguments
+    none = open_end | {"gaps": torch.zeros_like(open_end["gaps"])}
+    assert torch.equal(implementation(**open_end), implementation(**none))
+
+
+@given(seed=seeds, batch=batches(), factor=st.sampled_from([1.0, 1e4]))
+def test_equal_values_come_out(
+    implementation: Implementation, seed: int, batch: Batch, factor: float
+) -> None:
+    """The weights of a row add up to 1, however large the scores are."""
+    a = batch.case(seed).arguments
+    value = torch.randn(16, generator=seeded(seed))
+    a["v_pages"] = torch.where(a["v_pages"].isnan(), torch.nan, value)
+    a["q"] = a["q"] * factor
+    out = implementation(**a)
+    assert_near(value.expand(out.shape), "paged_attention", a)
+    assert_near(out, "paged_attention", a)
+
+
+@given(seed=seeds, batch=batches())
+def test_heads_of_a_group_see_the_same_keys(implementation: Implementation, seed: int, batch: Batch) -> None:
+    a = batch.case(seed, heads=6, kv_heads=2).arguments
+    a["q"] = a["q"][:, ::3].repeat_interleave(3, dim=1)
+    out = implementation(**a).unflatten(1, (2, 3))
+    assert torch.equal(out, out[:, :, :1].expand(out.shape))
+
+
+@every_dtype
+@pytest.mark.parametrize("place", ["q", "k_pages", "v_pages"])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf])
+@given(seed=seeds, batch=batches(least=2, least_rows=1))
+def test_what_is_not_finite_stays_in_its_sequence(
+    implementation: Implementation, dtype: torch.dtype, place: str, poison: float, seed: int, batch: Batch
+) -> None:
+    """A slot spoils its own sequence, from the row on that sees it; a query spoils its own row."""
+    a = batch.case(seed, dtype=dtype).arguments
+    dirty = copied(a)
+    if place == "q":
+        dirty["q"][0] = poison
+        spoilt = torch.arange(len(a["q"])) == 0
+    else:
+        page, offset = divmod(batch.lens[0] - 1, a["k_pages"].shape[1])
+        dirty[place][int(a["block_table"][0, page]), offset] = poison
+        spoilt = torch.arange(len(a["q"])) < batch.rows[0]
+    clean, out = implementation(**a), implementation(**dirty)
+    assert torch.equal(bits(out[~spoilt]), bits(clean[~spoilt]))
+    last = 0 if place == "q" else batch.rows[0] - 1
+    if poison != poison or place != "k_pages":  # a key of +-Inf may score -Inf, which is weight 0
+        assert not out[last].isfinite().any()
