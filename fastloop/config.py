@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -47,6 +48,24 @@ def _positive(instance: Any, *names: str) -> None:
         )
 
 
+def _positive_number(instance: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(instance, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        _require(
+            number and math.isfinite(value) and value > 0,
+            f"{type(instance).__name__}.{name}",
+            f"must be a positive number, got {value!r}",
+        )
+
+
+def _text(instance: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(instance, name)
+        where = f"{type(instance).__name__}.{name}"
+        _require(isinstance(value, str), where, f"must be text, got {value!r}")
+
+
 def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """Build a config dataclass from plain data; unknown and missing keys are errors."""
     where = where or cls.__name__
@@ -58,7 +77,9 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     for name, value in values.items():
         nested = known[name].metadata.get("cls")
         arguments[name] = (
-            from_mapping(nested, value, f"{where}.{name}") if nested and isinstance(value, Mapping) else value
+            from_mapping(nested, value, f"{where}.{name}")
+            if nested and not isinstance(value, nested)
+            else value
         )
     missing = [
         name
@@ -84,6 +105,7 @@ class EncoderConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "layers", "width", "heads", "ffn", "block_frames")
+        _positive_number(self, "norm_eps")
         _require(
             self.width % (2 * self.heads) == 0,
             "EncoderConfig.width",
@@ -118,7 +140,9 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "layers", "width", "heads", "kv_heads", "head_width", "ffn", "vocab", "vocab_padded")
+        _positive_number(self, "rope_base", "norm_eps")
         where = "DecoderConfig"
+        _require(isinstance(self.tied, bool), f"{where}.tied", f"must be true or false, got {self.tied!r}")
         _require(self.heads % self.kv_heads == 0, f"{where}.heads", "must be a multiple of kv_heads")
         _require(self.head_width % 2 == 0, f"{where}.head_width", "must be even (rotate-half RoPE)")
         _require(self.vocab <= self.vocab_padded, f"{where}.vocab", "is larger than vocab_padded")
@@ -147,6 +171,11 @@ class TokenIds:
     emotions: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _require(
+            isinstance(self.emotions, dict) and all(isinstance(name, str) for name in self.emotions),
+            "TokenIds.emotions",
+            f"must be a table of names to ids, got {self.emotions!r}",
+        )
         for name, value in self.named().items():
             _require(
                 isinstance(value, int) and not isinstance(value, bool) and value >= 0,
@@ -206,6 +235,7 @@ class ModelConfig:
     chunk_frames: int = 40  # mel frames in a listening chunk: 0.4 s
 
     def __post_init__(self) -> None:
+        _text(self, "name", "system_prompt")
         _positive(self, "chunk_frames")
         _require(
             self.chunk_frames % FRAMES_PER_TOKEN == 0,

@@ -6,6 +6,7 @@ Frozen and validated like the model's configuration; an error names the field.
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +67,14 @@ class Sampling:
             raise ConfigError("Sampling.top_p: must be above 0; use temperature=0 for greedy text")
 
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
+
+def _is_text(value: object) -> bool:
+    """Text that a tokenizer takes: no halves of surrogates, as undecodable bytes of a command line become."""
+    return isinstance(value, str) and _SURROGATES.search(value) is None
+
+
 @dataclass(frozen=True)
 class SessionConfig:
     """One stream's options.
@@ -101,6 +110,12 @@ class SessionConfig:
             raise ConfigError(f"{where}.mode: choose from {MODES}, got {self.mode!r}")
         if self.edge not in EDGES:
             raise ConfigError(f"{where}.edge: choose from {EDGES}, got {self.edge!r}")
+        for name in ("system_prompt", "user_text"):
+            if not ((value := getattr(self, name)) is None or _is_text(value)):
+                raise ConfigError(f"{where}.{name}: must be Unicode text or None, got {value!r}")
+        for name, kind in (("policy", DecisionPolicy), ("sampling", Sampling)):
+            if not isinstance(value := getattr(self, name), kind):
+                raise ConfigError(f"{where}.{name}: must be a {kind.__name__}, got {value!r}")
         if self.user_text is not None and self.mode != "offline":
             raise ConfigError(f"{where}.user_text: only an offline session takes a text; set mode='offline'")
         _range(where, "seed", self.seed, 0, 2**63 - 1, int)

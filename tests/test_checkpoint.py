@@ -21,7 +21,6 @@ from fastloop.config import ModelConfig, small
 from fastloop.testing.cases import byte_tokenizer, random_model
 
 WEIGHTS, CONFIG, TOKENIZER = "model.safetensors", "config.json", "tokenizer.json"
-Damage = Callable[[Path], None]
 
 
 @pytest.fixture(scope="module")
@@ -37,25 +36,6 @@ def saved(model: Model, tmp_path: Path) -> Path:
 def write_weights(directory: Path, weights: dict[str, torch.Tensor]) -> None:
     """By the format's own library, which shares no code with ours."""
     safetensors.torch.save_file(weights, directory / WEIGHTS)
-
-
-def edit_header(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Rewrite the JSON header of a safetensors file, the data as it was."""
-    data = path.read_bytes()
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    change(header)
-    write_header(path, json.dumps(header).encode(), data[8 + length :])
-
-
-def write_header(path: Path, header: bytes, data: bytes = b"") -> None:
-    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
-
-
-def edit_config(directory: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    values = json.loads((directory / CONFIG).read_text())
-    change(values)
-    (directory / CONFIG).write_text(json.dumps(values))
 
 
 # ---- round trips
