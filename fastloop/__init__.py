@@ -23,7 +23,7 @@ from .options import DecisionPolicy, EngineConfig, Sampling, SessionConfig
 
 if TYPE_CHECKING:
     from .checkpoint import Model, load
-    from .engine import AsyncEngine, Engine, Session
+    from .engine import AsyncEngine, Engine, Session, StepItem
 
 __version__ = "0.1.0"
 
@@ -37,6 +37,7 @@ __all__ = [
     "Sampling",
     "Session",
     "SessionConfig",
+    "StepItem",
     "__version__",
     "errors",
     "events",
@@ -47,6 +48,7 @@ _LAZY = {
     "AsyncEngine": "engine",
     "Engine": "engine",
     "Session": "engine",
+    "StepItem": "engine",
     "Model": "checkpoint",
     "load": "checkpoint",
 }

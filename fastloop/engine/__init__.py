@@ -5,7 +5,8 @@ kv_pages (page books) -> kv_cache (pages of tensors, one sequence a session) -> 
 """
 
 from .async_engine import AsyncEngine
-from .engine import Engine, StepItem
+from .engine import Engine
+from .sequences import StepItem
 from .session import Session
 
 __all__ = ["AsyncEngine", "Engine", "Session", "StepItem"]

@@ -65,9 +65,12 @@ class AsyncEngine:
         return health
 
     async def drain(self) -> None:
-        """Admit no more sessions; return when everything queued has been worked off."""
+        """Admit no more sessions; return when everything queued has been worked off.
+
+        Not waited for: a session that is held back because nobody takes its events, and one that stalls.
+        """
         self.engine._draining = True
-        await asyncio.to_thread(self._wait_idle)
+        await asyncio.to_thread(self._wait_idle if self._thread else self.engine.drain)
 
     async def close(self) -> None:
         """Stop the thread and close every session. Idempotent."""

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Model, load
-from ..config import SAMPLE_RATE
 from ..decision import DecisionState
 from ..errors import CapacityError, FastloopError
-from ..events import Event, Rejected
+from ..events import Event
 from ..mel import MelState
 from ..options import EngineConfig, SessionConfig
 from ..text import prefix_ids
@@ -32,20 +31,9 @@ from .kv_cache import KVCache, KVSequence, pages_for
 from .memory import MemoryPlan, memory_plan, session_pages
 from .protocol import Stream
 from .runner import EagerRunner, Runner
+from .sequences import Sequences, StepItem
 from .session import Session
 from .stats import Counters
-
-
-@dataclass(frozen=True)
-class StepItem:
-    """One sequence's part of `Engine.step_batch`: a caller's id, some sound, and where it starts and ends."""
-
-    id: Hashable
-    pcm: Any = None
-    start: bool = False
-    end: bool = False
-    sample_rate: int = SAMPLE_RATE
-    config: SessionConfig | None = None
 
 
 @dataclass
@@ -73,7 +61,7 @@ class Engine:
         self._mel = MelState.empty(self.config.max_sessions, device=model.device)
         self.runner = runner or EagerRunner(model, self.cache, self._decisions, self._mel)
         self._sessions: dict[int, Session] = {}
-        self._named: dict[Hashable, Session] = {}
+        self._sequences = Sequences(self)
         self._prefixes: dict[tuple[int, ...], Prefix] = {}
         self._free_slots = list(range(self.config.max_sessions - 1, -1, -1))
         self._next_id = 0
@@ -149,24 +137,32 @@ class Engine:
             prefix = Prefix(pages, len(ids))
         else:
             allocator.retain(prefix.pages)
+        lease = None
         try:
             lease = allocator.lease(self._quota(config), f"session {self._next_id}")
-        except CapacityError:
+            if new:
+                self.runner.prefill(ids, prefix.pages)
+        except BaseException:
             allocator.release(prefix.pages)
+            if lease is not None:
+                lease.close()
             raise
-        if new:
-            self.runner.prefill(ids, prefix.pages)
-            self._prefixes[ids] = prefix
+        self._prefixes[ids] = prefix
         slot = self._free_slots.pop()
         self.runner.open(slot)
         self._decisions.reset(slot, config.policy, self.model.config.chunk_seconds)
         kv = KVSequence(self.cache, lease, prefix.pages, prefix.length)
-        stream = Stream(self.model, self._next_id, slot, config, kv, lambda: session.close())
+        stream = Stream(self.model, self._next_id, slot, config, kv, lambda: self._fail(session))
         session = Session(self, stream)
         self._sessions[session.id] = session
         self._next_id += 1
         self.counters.sessions_opened += 1
         return session
+
+    def _fail(self, session: Session) -> None:
+        """A stream cannot go on (it has said why): count it and close it."""
+        self.counters.failures += 1
+        session.close()
 
     def _close(self, session: Session) -> None:
         if session.stream.outbox.close():
@@ -236,45 +232,13 @@ class Engine:
     ) -> list[tuple[Hashable, list[Event]]]:
         """For callers that own the loop: push every item's sound, step, return every item's events.
 
-        max_steps: None steps until idle; a small number bounds the time of one call (responses go on in
-        the next one). What is wrong with one item is a `Rejected` event of that item alone; nothing of
-        its sound was taken and the others go on.
+        max_steps: None steps until idle; a small number bounds the time of one call, and what is left goes
+        on in the next one, also without items. Behind the items come the ended sequences that still had
+        something to say; the last event of a sequence is `Closed`. What is wrong with one item is a
+        `Rejected` event of that item alone: nothing of its sound was taken, its `end` holds, the others go
+        on.
         """
-        rejected = {i: message for i, item in enumerate(items) if (message := self._accept(item)) is not None}
-        count = 0
-        while (max_steps is None or count < max_steps) and self.step():
-            count += 1
-        results: list[tuple[Hashable, list[Event]]] = []
-        for i, item in enumerate(items):
-            session = self._named.get(item.id)
-            events = session.poll() if session else []
-            if i in rejected:
-                events.append(Rejected(seq=-1, epoch=0, t=session.t if session else 0.0, message=rejected[i]))
-            elif item.end and session:
-                session.close()
-                events += session.poll()
-            if session and session.closed:
-                del self._named[item.id]
-            results.append((item.id, events))
-        return results
-
-    def _accept(self, item: StepItem) -> str | None:
-        """Take one item's sound; returns why not."""
-        session = self._named.get(item.id)
-        try:
-            if item.start:
-                if session is not None:
-                    raise FastloopError(f"sequence {item.id!r} was started before and has not ended")
-                session = self._named[item.id] = self.open(item.config)
-            if session is None:
-                raise FastloopError(f"sequence {item.id!r} is unknown; its first item needs start=True")
-            if item.pcm is not None:
-                session.push(item.pcm, item.sample_rate)
-            if item.end:
-                session.flush()
-        except (FastloopError, ValueError, TypeError) as error:
-            return f"step_batch: {error}"
-        return None
+        return self._sequences.step(items, max_steps)
 
     def _decode(self) -> int:
         items = scheduler.plan(self._streams(), self.config.max_step_rows)
@@ -334,11 +298,13 @@ class Engine:
         self.run_until_idle()
 
     def close(self) -> None:
-        """Close every session. Idempotent."""
+        """Close every session. Idempotent; waits for the step in progress."""
         self._draining = True
-        for session in list(self._sessions.values()):
+        with self._step_lock:  # a session that is being opened is open by now, or will not be
+            sessions = list(self._sessions.values())
+        for session in sessions:
             session.close()
-        self._named.clear()
+        self._sequences.clear()
 
     def check(self) -> None:
         """The page books against what the sessions say; AssertionError where they differ."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from typing import Any
 
 import numpy as np
 
@@ -53,14 +54,19 @@ class Inbox:
             self._append(resampler.push(samples))
             return self.waiting / SAMPLE_RATE + backlog_s
 
+    def finish(self) -> bool:
+        """The clip has ended: take what the resampler holds back. False where no sound came at all."""
+        with self.lock:
+            self._drain_resampler()
+            return self.received > 0
+
     def flush(self) -> None:
         """Complete a partial chunk with zeros so that the sound so far is decided. Nothing new: nothing.
 
         With a lead, the last 2.5 ms of sound may have served as lookahead only.
         """
         with self.lock:
-            if self.resampler is not None:
-                self._append(self.resampler.flush())
+            self._drain_resampler()
             if self.received > self.flushed:
                 chunks = max(1, -(-(self.received - self.lead_samples) // self.chunk_samples))
                 missing = chunks * self.chunk_samples + self.lead_samples - self.received
@@ -82,17 +88,21 @@ class Inbox:
             self._arrivals.clear()
             return self._pop(self.waiting)
 
-    def pending(self) -> np.ndarray:
-        """A copy of the samples waiting, for snapshots."""
+    def export(self) -> tuple[np.ndarray, dict[str, Any]]:
+        """A copy of the samples waiting, and plain data, for snapshots; nothing is pushed in between."""
         with self.lock:
-            return np.concatenate([*self.blocks, np.empty(0, dtype=np.float32)])
+            samples = np.concatenate([*self.blocks, np.empty(0, dtype=np.float32)])
+            resampler = self.resampler.export() if self.resampler else None
+            return samples, {"received": self.received, "flushed": self.flushed, "resampler": resampler}
 
-    def restore(self, samples: np.ndarray, received: int, flushed: int) -> None:
-        """Fill an empty inbox from a snapshot."""
+    def restore(self, samples: np.ndarray, values: dict[str, Any]) -> None:
+        """Fill an empty inbox with what `export` gave."""
         with self.lock:
-            self.received = received - len(samples)
+            self.received = values["received"] - len(samples)
             self._append(samples)
-            self.flushed = flushed
+            self.flushed = values["flushed"]
+            if values["resampler"] is not None:
+                self.resampler = Resampler.restore(values["resampler"])
 
     def _resampler_for(self, sample_rate: int) -> Resampler:
         current = self.resampler
@@ -104,6 +114,10 @@ class Inbox:
                 "changing the rate of a stream"
             )
         return current
+
+    def _drain_resampler(self) -> None:
+        if self.resampler is not None:
+            self._append(self.resampler.flush())
 
     def _append(self, samples: np.ndarray) -> None:
         if len(samples):

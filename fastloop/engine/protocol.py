@@ -93,6 +93,7 @@ class Stream:
         self.pending: list[int] = []
         self.perceived: deque[Chunk] = deque()
         self.primed = False  # edge="wait": the mel state holds its lookahead
+        self.taken = 0  # chunks taken out of the inbox
         self.heard = 0  # chunks perceived
         self.decided = 0  # chunks decided
         self.units: deque[int] = deque()  # positions of each kept unit (fastloop.window)
@@ -111,7 +112,16 @@ class Stream:
 
     @property
     def backlog_seconds(self) -> float:
-        return len(self.perceived) * self.model.config.chunk_seconds
+        """Sound out of the inbox and not yet decided, also while a step perceives it."""
+        return (self.taken - self.decided) * self.model.config.chunk_seconds
+
+    @property
+    def idle(self) -> bool:
+        """No response is open, no whole chunk and no clip is left."""
+        lead = 0 if self.primed or self.config.edge != "wait" else LOOKAHEAD_SAMPLES
+        chunk = self.inbox.waiting >= self.model.config.chunk_samples + lead
+        clip = self.phase == CLIP and self.clip_complete
+        return self.outbox.speaking is None and not (chunk or clip or self.backlog_seconds)
 
     @property
     def blocked(self) -> bool:
@@ -122,7 +132,9 @@ class Stream:
         """PCM [S] of the next chunk and when it was complete, or None."""
         if self.phase in (CLIP, DONE) or self.outbox.closed:
             return None
-        return self.inbox.take(self.model.config.chunk_samples)
+        chunk = self.inbox.take(self.model.config.chunk_samples)
+        self.taken += chunk is not None
+        return chunk
 
     def hear(self, tokens: Tensor, arrived: float) -> None:
         """One more chunk was perceived: tokens [A, D]."""
@@ -219,7 +231,6 @@ class Stream:
                 break
             self.perceived.popleft()
             decided.append(chunk)
-            self.decided = chunk.index + 1
             end += rows
             self.units.append(rows)
             respond = decision == RESPOND
@@ -227,7 +238,9 @@ class Stream:
             self.pending = [tokens.text_begin if respond else tokens.keep_silence]
             if respond:
                 self._begin_response()
-            self.outbox.decide(chunk.index, self.t, respond, p)
+            t = (chunk.index + 1) * self.model.config.chunk_seconds
+            self.outbox.decide(chunk.index, t, respond, p)
+            self.decided = chunk.index + 1  # last: who sees it finds the event too
         self.kv.truncate(end)
         return decided
 

@@ -38,6 +38,11 @@ class Session:
         return self.stream.outbox.speaking is not None
 
     @property
+    def idle(self) -> bool:
+        """Nothing is left to do for the sound pushed so far (a partial chunk waits for more)."""
+        return self.stream.idle
+
+    @property
     def queued_seconds(self) -> float:
         """Sound pushed and not yet decided."""
         return self.stream.inbox.waiting / SAMPLE_RATE + self.stream.backlog_seconds
@@ -60,10 +65,15 @@ class Session:
         return seconds
 
     def flush(self) -> None:
-        """Decide all sound pushed so far: a partial chunk is completed with zeros. Offline: the clip ends."""
+        """Decide all sound pushed so far: a partial chunk is completed with zeros. Offline: the clip ends.
+
+        Idempotent: where nothing new was pushed, nothing happens. SessionClosedError after close.
+        """
+        if self.stream.clip_complete and not self.closed:
+            return
         self._check_open("flush")
         if self.config.mode == "offline":
-            if self.stream.inbox.received == 0 and not self.stream.clip_complete:
+            if not self.stream.inbox.finish():
                 raise ValueError("Session.flush: the clip is empty; push its sound before flush()")
             self.stream.clip_complete = True
         else:

@@ -1,4 +1,6 @@
-"""A session as bytes: one safetensors buffer whose metadata is the state machine. Nothing is pickled.
+"""A session as bytes: a digest, then one safetensors buffer whose metadata is the state machine.
+
+Nothing is pickled, and one changed byte is enough for a refusal.
 
 The prefix is not stored: its keys are a function of the model, the prompt and the number of dropped
 positions, and the restoring engine shares it with its other sessions.
@@ -7,6 +9,7 @@ positions, and the restoring engine shares it with its other sessions.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import time
 from collections import deque
@@ -19,9 +22,8 @@ from safetensors.torch import load as parse_tensors
 from safetensors.torch import save as to_bytes
 from torch import Tensor
 
-from ..audio import Resampler
 from ..config import ConfigError, from_mapping
-from ..errors import SnapshotError
+from ..errors import CapacityError, SnapshotError
 from ..events import from_dict
 from ..options import DecisionPolicy, Sampling, SessionConfig
 from ..text import TextStream
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from .session import Session
 
 FORMAT = "fastloop-snapshot-1"
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,8 @@ def dump(session: Session) -> bytes:
             **{name: getattr(outbox, name) for name in _OUTBOX},
         }
     keys, values = stream.kv.export()
-    pcm = torch.from_numpy(inbox.pending())
-    tensors = {"keys": keys, "values": values, "pcm": pcm}
+    pcm, queued = inbox.export()
+    tensors = {"keys": keys, "values": values, "pcm": torch.from_numpy(pcm)}
     if stream.perceived:
         tensors["perceived"] = torch.stack([chunk.tokens for chunk in stream.perceived])
     if stream.clip is not None:
@@ -66,16 +69,19 @@ def dump(session: Session) -> bytes:
         "stream": {name: _plain(getattr(stream, name)) for name in _STREAM},
         "text": stream.text.export() if stream.text else None,
         "outbox": said,
-        "inbox": {"received": inbox.received, "flushed": inbox.flushed},
-        "resampler": inbox.resampler.export() if inbox.resampler else None,
+        "inbox": queued,
         "start": stream.kv.start,
     }
     header = {"format": FORMAT, "model": engine.model.fingerprint, "state": json.dumps(state)}
-    return to_bytes({name: t.contiguous() for name, t in tensors.items()}, metadata=header)
+    body = to_bytes({name: t.contiguous() for name, t in tensors.items()}, metadata=header)
+    return hashlib.sha256(body).digest() + body
 
 
 _OUTBOX = ("seq", "epoch", "speaking", "started", "t")
-_STREAM = ("phase", "pending", "primed", "heard", "decided", "units", "epoch", "spoken", "clip_complete")
+_STREAM = (
+    *("phase", "pending", "primed", "taken", "heard", "decided", "units", "epoch", "spoken"),
+    "clip_complete",
+)
 
 
 def _plain(value: Any) -> Any:
@@ -84,10 +90,15 @@ def _plain(value: Any) -> Any:
 
 def parse(data: bytes, model: Model) -> SnapshotState:
     """Read and check a snapshot; SnapshotError where it is damaged or belongs to another model."""
+    digest, body = bytes(data[:DIGEST_BYTES]), bytes(data[DIGEST_BYTES:])
+    if hashlib.sha256(body).digest() != digest:
+        raise SnapshotError(
+            f"restore: {len(data)} bytes, not a whole fastloop snapshot (its digest differs); take a new one"
+        )
     try:
-        size = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + size])["__metadata__"]
-        tensors = parse_tensors(bytes(data))
+        size = int.from_bytes(body[:8], "little")
+        header = json.loads(body[8 : 8 + size])["__metadata__"]
+        tensors = parse_tensors(body)
         if header["format"] != FORMAT:
             raise SnapshotError(f"restore: format {header['format']!r}; this version reads {FORMAT!r}")
         if header["model"] != model.fingerprint:
@@ -115,7 +126,8 @@ def fill(session: Session, state: SnapshotState) -> None:
     engine, stream = session._engine, session.stream
     slot = stream.slot
     try:
-        for name, value in values["stream"].items():
+        for name in _STREAM:
+            value = values["stream"][name]
             setattr(stream, name, deque(value) if name == "units" else value)
         now = time.monotonic()
         waiting = tensors.get("perceived", torch.empty(0))
@@ -136,10 +148,10 @@ def fill(session: Session, state: SnapshotState) -> None:
         for name in _OUTBOX:
             setattr(stream.outbox, name, values["outbox"][name])
         stream.outbox.events = deque(from_dict(event) for event in values["outbox"]["events"])
-        stream.inbox.restore(tensors["pcm"].numpy(), **values["inbox"])
-        if values["resampler"] is not None:
-            stream.inbox.resampler = Resampler.restore(values["resampler"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        stream.inbox.restore(tensors["pcm"].numpy(), values["inbox"])
+    except (CapacityError, SnapshotError):
+        raise
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         raise SnapshotError(
             f"restore: the snapshot's content does not fit ({error}); take a new one"
         ) from error
