@@ -7,6 +7,7 @@ For whatever wants to know what would run without running it: `resources` compil
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..config import published_3b
 from .layer_norm import layer_norm_triton
+from .linear import linear_quantized_triton, linear_triton
 from .rms_norm import rms_norm_triton
 
 MODEL = published_3b()
@@ -36,11 +38,66 @@ def _rms_norm(rows: int, dtype: torch.dtype = BF16, residual: bool = False) -> N
     rms_norm_triton(x, _empty(D, dtype=dtype), 1e-6, x if residual else None)
 
 
+def _linear(
+    rows: int,
+    width_in: int,
+    width_out: int,
+    epilogue: str = "none",
+    bias: bool = False,
+    residual: bool = False,
+    weight: torch.dtype = BF16,
+    dtype: torch.dtype = BF16,
+) -> None:
+    """weight: BF16 or F32 as `dtype`, or a quantised one (uint8: int4 in groups of 64)."""
+    made = width_out // 2 if epilogue == "silu_gate" else width_out
+    optional = {
+        "bias": _empty(width_out, dtype=dtype) if bias else None,
+        "residual": _empty(rows, made, dtype=dtype) if residual else None,
+    }
+    x = _empty(rows, width_in, dtype=dtype)
+    if weight == dtype:
+        linear_triton(x, _empty(width_out, width_in, dtype=dtype), epilogue=epilogue, **optional)
+        return
+    packed = weight == torch.uint8
+    stored = _empty(width_out, width_in // 2 if packed else width_in, dtype=weight)
+    scale = _empty(width_out, width_in // 64, dtype=F32) if packed else _empty(width_out, dtype=F32)
+    linear_quantized_triton(x, stored, scale, epilogue=epilogue, **optional)
+
+
+QKV, FFN, VOCAB = MODEL.decoder.qkv_rows, MODEL.decoder.ffn, MODEL.decoder.vocab_padded
+LINEAR: dict[str, Callable[[int], None]] = {  # the matrices of the model, by the rows of a call
+    "decoder qkv": lambda rows: _linear(rows, D, QKV),
+    "decoder out": lambda rows: _linear(rows, D, D, residual=True),
+    "decoder gate_up": lambda rows: _linear(rows, D, 2 * FFN, "silu_gate"),
+    "decoder down": lambda rows: _linear(rows, FFN, D, residual=True),
+    "decoder head": lambda rows: _linear(rows, D, VOCAB),
+    "encoder qkv": lambda rows: _linear(rows, E, 3 * E, bias=True),
+    "encoder out": lambda rows: _linear(rows, E, E, bias=True, residual=True),
+    "encoder fc1": lambda rows: _linear(rows, E, 4 * E, "gelu", bias=True),
+    "encoder fc2": lambda rows: _linear(rows, 4 * E, E, bias=True, residual=True),
+    "encoder proj": lambda rows: _linear(rows, E, D, bias=True),
+}
+
+
 CALLS: dict[str, dict[str, Callable[[], Any]]] = {
     "layer_norm": {"a chunk": lambda: _layer_norm(20), "float32": lambda: _layer_norm(20, F32)},
     "rms_norm": {
         "a listening step": lambda: _rms_norm(13),
         "with a residual": lambda: _rms_norm(13, residual=True),
         "float32": lambda: _rms_norm(13, F32),
+    },
+    "linear": {
+        f"{name}, {rows} rows": functools.partial(call, rows)
+        for rows in (1, 13, 20, 64, 208)
+        for name, call in LINEAR.items()
+    }
+    | {
+        "float32": lambda: _linear(13, D, D, dtype=F32, weight=F32),
+        "float32 gate_up": lambda: _linear(40, D, 2 * FFN, "silu_gate", dtype=F32, weight=F32),
+        "int8 down": lambda: _linear(13, FFN, D, residual=True, weight=torch.int8),
+        "int8 gate_up": lambda: _linear(13, D, 2 * FFN, "silu_gate", weight=torch.int8),
+        "fp8 down": lambda: _linear(13, FFN, D, residual=True, weight=torch.float8_e4m3fn),
+        "int4 down": lambda: _linear(1, FFN, D, residual=True, weight=torch.uint8),
+        "int4 gate_up": lambda: _linear(1, D, 2 * FFN, "silu_gate", weight=torch.uint8),
     },
 }

@@ -48,4 +48,4 @@ def gelu(x):
 @triton.jit
 def silu(x):
     """x / (1 + e^-x)."""
-    return x / (1.0 + tl.exp2(-LOG2_E * x))
+    return x / (1.0 + tl.exp2(x * -LOG2_E))

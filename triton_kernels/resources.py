@@ -34,6 +34,7 @@ from .launch import Launch, record_launches
 # Shared memory that one block may have, bytes (CUDA C++ Programming Guide, table of compute capabilities).
 SHARED_LIMIT = {80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 REGISTER_LIMIT = 255
+FP8_ARCH = 89  # the first architecture that converts float8_e4m3fn
 _NAMES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -80,9 +81,10 @@ def _source(launch: Launch) -> ASTSource:
     aligned: dict[tuple[int, ...], list[list[Any]]] = {}
     for position, name in enumerate(launch.kernel.arg_names):
         value = launch.arguments.get(name)
+        general = launch.kernel.params[position].do_not_specialize
         if name in launch.constants:
             signature[name] = "constexpr"
-        elif value is None or (isinstance(value, int) and value == 1):
+        elif value is None or (isinstance(value, int) and value == 1 and not general):
             signature[name] = "constexpr"
             constants[name] = value
         elif isinstance(value, Tensor):
@@ -92,9 +94,13 @@ def _source(launch: Launch) -> ASTSource:
             signature[name] = "fp32"
         else:
             signature[name] = "i32" if abs(value) < 2**31 else "i64"
-            if value % 16 == 0:
+            if value % 16 == 0 and not general:
                 aligned[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=aligned)
+
+
+def _dtypes(launch: Launch) -> set[torch.dtype]:
+    return {value.dtype for value in launch.arguments.values() if isinstance(value, Tensor)}
 
 
 def compile_launch(launch: Launch, arch: int) -> Any:
@@ -125,6 +131,8 @@ def resources(arch: int, ops: list[str] | None = None) -> Iterator[Resources]:
             with record_launches() as launches:
                 call()
             for launch in launches:
+                if arch < FP8_ARCH and torch.float8_e4m3fn in _dtypes(launch):
+                    continue
                 compiled = compile_launch(launch, arch)
                 if compiled.hash in seen:
                     continue

@@ -1,0 +1,139 @@
+"""linear in Triton against its definition: every epilogue, ragged sizes, split depth, quantised weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from fastloop.ops.linear import EPILOGUES, linear_ref
+from fastloop.testing.implementations import Implementation
+from fastloop.testing.op_cases import Case, linear_case
+from fastloop.testing.tolerance import error_bound, relative_error
+from fastloop.triton_kernels.launch import record_launches
+from fastloop.triton_kernels.linear import (
+    depth_splits,
+    linear_quantized_triton,
+    linear_triton,
+    pack_int4,
+    quantize_channels,
+)
+
+Check = Callable[[str, Case], None]
+
+
+def generator(seed: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_equals_the_definition(check: Check, epilogue: str, extras: bool, dtype: torch.dtype) -> None:
+    sizes = {"rows": 13, "width_in": 200, "width_out": 70}
+    case = linear_case(generator(), **sizes, bias=extras, residual=extras, epilogue=epilogue, dtype=dtype)
+    check("linear", case)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 16, 17, 33, 64, 65, 130])
+@pytest.mark.parametrize(("width_in", "width_out"), [(1, 1), (67, 130)])
+def test_any_number_of_rows(check: Check, rows: int, width_in: int, width_out: int) -> None:
+    case = linear_case(
+        generator(rows), rows=rows, width_in=width_in, width_out=width_out, bias=True, residual=True
+    )
+    check("linear", case)
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_split_depth(check: Check, epilogue: str) -> None:
+    """Deep and narrow: the depth is split, and the second kernel adds and finishes."""
+    case = linear_case(
+        generator(), rows=5, width_in=1300, width_out=34, bias=True, residual=True, epilogue=epilogue
+    )
+    with record_launches() as launches:
+        linear_triton(**case.arguments)
+    assert [launch.kernel.__name__ for launch in launches] == ["_linear", "_add_splits"]
+    check("linear", case)
+
+
+def test_no_rows() -> None:
+    x, weight = torch.empty(0, 32), torch.ones(8, 32)
+    assert linear_triton(x, weight).shape == (0, 8)
+
+
+def test_rows_do_not_see_each_other(device: str) -> None:
+    """A NaN stays in its row; a row is bit-equal whatever the others of its tile hold."""
+    case = linear_case(generator(3), rows=13, width_in=300, width_out=40)
+    run = Implementation("linear", "triton", device)
+    clean = run(**case.arguments)
+    case.arguments["x"][4, 77] = torch.nan
+    spoilt = run(**case.arguments)
+    others = torch.arange(13) != 4
+    assert spoilt[4].isnan().all()
+    assert torch.equal(spoilt[others], clean[others])
+
+
+def test_strided_rows(device: str) -> None:
+    case = linear_case(generator(4), rows=7, width_in=64, width_out=32, residual=True)
+    wide = torch.full((7, 100), torch.nan)
+    wide[:, 20:84] = case.arguments["x"]
+    run = Implementation("linear", "triton", device)
+    assert torch.equal(run(**case.arguments | {"x": wide[:, 20:84]}), run(**case.arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_channel_scales(device: str, dtype: torch.dtype, epilogue: str) -> None:
+    """Equal to the definition on the weights that the quantised ones stand for."""
+    case = linear_case(generator(5), rows=13, width_in=1100, width_out=66, bias=True, epilogue=epilogue)
+    stored, scale = quantize_channels(case.arguments["weight"], dtype)
+    _check_quantized(device, case, stored, scale, stored.double() * scale.double()[:, None])
+
+
+@pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_int4_groups(device: str, group: int, epilogue: str) -> None:
+    case = linear_case(generator(6), rows=3, width_in=64 * 13, width_out=66, bias=True, epilogue=epilogue)
+    weight = case.arguments["weight"]
+    stored, scale = pack_int4(weight, group)
+    nibbles = torch.stack((stored & 15, stored >> 4), dim=2).view(66, 13, 32, 2).transpose(2, 3)
+    levels = nibbles.reshape(66, 64 * 13).double() - 8
+    meant = levels * scale.double().repeat_interleave(group, dim=1)
+    assert relative_error(meant, weight) < 0.15  # half of one of 15 levels over about 3 deviations
+    _check_quantized(device, case, stored, scale, meant)
+
+
+def _check_quantized(
+    device: str, case: Case, stored: torch.Tensor, scale: torch.Tensor, meant: torch.Tensor
+) -> None:
+    arguments = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in case.arguments.items()}
+    del arguments["weight"]
+    out = linear_quantized_triton(weight=stored.to(device), scale=scale.to(device), **arguments).cpu()
+    plain = linear_ref(**case.arguments | {"weight": meant.float()})
+    wide = {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in case.arguments.items()}
+    truth = linear_ref(**wide | {"weight": meant})
+    assert relative_error(out, truth) <= error_bound(plain, truth, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "message"),
+    [
+        (torch.zeros(8, 60, dtype=torch.int8), torch.ones(8), "holds 60 inputs, x has 64"),
+        (torch.zeros(8, 64, dtype=torch.int8), torch.ones(9), "dimension O of scale is 9"),
+        (torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 3), "groups of 32 or 64"),
+        (torch.zeros(8, 64, dtype=torch.int16), torch.ones(8), "quantised weights are int8"),
+        (torch.zeros(8, 64, dtype=torch.int8), torch.ones(8).double(), "scale must be torch.float32"),
+    ],
+)
+def test_bad_quantised_weights(weight: torch.Tensor, scale: torch.Tensor, message: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=message):
+        linear_quantized_triton(torch.zeros(2, 64), weight, scale)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "steps", "expected"),
+    [(344, 16, 1), (32, 86, 9), (32, 16, 4), (264, 100, 1), (1, 3, 1), (1, 1000, 16)],
+)
+def test_depth_splits(tiles: int, steps: int, expected: int) -> None:
+    assert depth_splits(tiles, steps, processors=132, most=16) == expected

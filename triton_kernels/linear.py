@@ -1,0 +1,310 @@
+"""linear: y = epilogue(x W^T + bias) + residual, for the few rows of a step.
+
+    _linear   acc[o, n] = sum_d W[o, d] x[n, d]      the weights are the left operand: 13 rows sit in n = 16
+    _finish   the epilogue; with split depth, after the sum over the splits in their order
+
+Who owns what: a program owns BLOCK_OUT output channels (for silu_gate the gate and the up rows of those) for
+BLOCK_ROWS rows, over one of SPLITS ranges of the depth. Bytes moved: the weights once, streamed past the
+cache (evict_first), x once per program out of L2.
+Why this version: at 1 to 64 rows the weights are the traffic (88 % of a layer's bytes), so every weight byte
+is in flight once, several stages deep, and the multiply hides behind it. Few output channels leave processors
+idle: then the depth is split, partial sums go through L2 in float32, and a second kernel adds them in a fixed
+order, so that a result does not depend on which block came last and no counter is shared between streams.
+
+Quantised weights (`linear_quantized_triton`), symmetric, scales float32:
+    int8, float8_e4m3fn   weight [O, D], scale [O]
+    int4                  weight uint8 [O, D / 2], scale [O, D / group], group 32 or 64; of each 64 inputs
+                          byte j holds input j in its low bits, input j + 32 in its high bits, each plus 8
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops.contract import check_dims
+from ..ops.linear import EPILOGUES
+from ..ops.linear import _check as check_linear
+from .device import begin, dot, gelu, narrow, silu
+from .launch import accept, launch, processors, rows_apart
+from .tuning import choose
+
+PACK = tl.constexpr(32)  # int4: inputs j and j + 32 share a byte
+OUT_GROUP = tl.constexpr(8)  # neighbouring programs share x tiles of so many output tiles
+LEAST_STEPS = 4  # of a split: below that, filling the pipeline takes longer than what it streams
+
+
+@triton.jit
+def _tile(
+    weight, scale, channel, mask, column, inside, depth, X: tl.constexpr,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK_OUT: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Rows `channel` of the weights at `column`, in x's dtype: (tile, its high nibbles) for int4, else twice
+    the same.
+    """
+    place = weight + channel.to(tl.int64)[:, None] * depth + column[None, :]
+    other = 0.0 if weight.dtype.element_ty.is_floating() else 0
+    raw = tl.load(place, mask=mask[:, None] & inside[None, :], other=other, eviction_policy="evict_first")
+    if FORMAT == "int4":
+        BLOCKS: tl.constexpr = COLUMNS // PACK
+        per_block: tl.constexpr = 2 * PACK // GROUP
+        block = tl.min(column, 0) // PACK + tl.arange(0, BLOCKS)
+        place = scale + channel[:, None] * (depth // PACK * per_block) + block[None, :] * per_block
+        valid = mask[:, None] & (block < depth // PACK)[None, :]
+        low_scale = tl.load(place, mask=valid, other=0.0)
+        high_scale = tl.load(place + (per_block - 1), mask=valid, other=0.0)
+        low = tl.reshape((raw & 15).to(tl.float32) - 8.0, (BLOCK_OUT, BLOCKS, PACK)) * low_scale[:, :, None]
+        high = tl.reshape((raw >> 4).to(tl.float32) - 8.0, (BLOCK_OUT, BLOCKS, PACK)) * high_scale[:, :, None]
+        first = narrow(tl.reshape(low, (BLOCK_OUT, COLUMNS)), X)
+        second = narrow(tl.reshape(high, (BLOCK_OUT, COLUMNS)), X)
+    else:
+        first = raw.to(X)
+        second = first
+    return first, second
+
+
+@triton.jit
+def _finish(
+    acc, up, scale, bias, residual, y, channel, mask, row, there, width, residual_stride,
+    EPILOGUE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Store epilogue(acc) [channels, rows]; `up` is the second half of a gate, else unused."""
+    GATE: tl.constexpr = EPILOGUE == "silu_gate"
+    if HAS_SCALE:
+        acc *= tl.load(scale + channel, mask=mask, other=0.0)[:, None]
+        if GATE:
+            up *= tl.load(scale + width + channel, mask=mask, other=0.0)[:, None]
+    if HAS_BIAS:
+        acc += tl.load(bias + channel, mask=mask, other=0.0).to(tl.float32)[:, None]
+        if GATE:
+            up += tl.load(bias + width + channel, mask=mask, other=0.0).to(tl.float32)[:, None]
+    if GATE:
+        acc = silu(acc) * up
+    elif EPILOGUE == "gelu":
+        acc = gelu(acc)
+    both = mask[:, None] & there[None, :]
+    row = row.to(tl.int64)
+    if HAS_RESIDUAL:
+        old = tl.load(residual + row[None, :] * residual_stride + channel[:, None], mask=both, other=0.0)
+        acc += old.to(tl.float32)
+    tl.store(y + row[None, :] * width + channel[:, None], narrow(acc, y.dtype.element_ty), mask=both)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear(
+    x, weight, scale, bias, residual, y, partial, rows, width, depth, x_stride, residual_stride,
+    FORMAT: tl.constexpr, GROUP: tl.constexpr, EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, SPLITS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_DEPTH: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """depth: of a stored weight row (bytes for int4); width: output channels."""
+    begin(DEPENDENT)
+    GATE: tl.constexpr = EPILOGUE == "silu_gate"
+    X: tl.constexpr = x.dtype.element_ty
+    COLUMNS: tl.constexpr = BLOCK_DEPTH // 2 if FORMAT == "int4" else BLOCK_DEPTH  # stored in a step
+    row_tiles, out_tiles = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(width, BLOCK_OUT)
+    tile, split = tl.program_id(0), tl.program_id(1)
+    first = tile // (OUT_GROUP * row_tiles) * OUT_GROUP
+    within = tl.minimum(out_tiles - first, OUT_GROUP)
+    out_tile = first + tile % (OUT_GROUP * row_tiles) % within
+    row_tile = tile % (OUT_GROUP * row_tiles) // within
+    channel = out_tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    mask, there = channel < width, row < rows
+    x_rows = x + row.to(tl.int64)[None, :] * x_stride
+
+    acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
+    up = acc
+    steps = tl.cdiv(tl.cdiv(depth, COLUMNS), SPLITS)
+    last = tl.minimum(depth, (split + 1) * steps * COLUMNS)
+    for begin_column in range(split * steps * COLUMNS, last, COLUMNS):
+        column = begin_column + tl.arange(0, COLUMNS)
+        inside = column < depth
+        d = column // PACK * (2 * PACK) + column % PACK if FORMAT == "int4" else column
+        both = inside[:, None] & there[None, :]
+        x_tile = tl.load(x_rows + d[:, None], mask=both, other=0.0, eviction_policy="evict_last")
+        low, high = _tile(
+            weight, scale, channel, mask, column, inside, depth, X, FORMAT, GROUP, BLOCK_OUT, COLUMNS
+        )  # fmt: skip
+        acc = dot(low, x_tile, acc)
+        if FORMAT == "int4":
+            x_high = tl.load(x_rows + (d + PACK)[:, None], mask=both, other=0.0, eviction_policy="evict_last")
+            acc = dot(high, x_high, acc)
+        if GATE:
+            low, high = _tile(
+                weight, scale, width + channel, mask, column, inside, depth, X, FORMAT, GROUP, BLOCK_OUT,
+                COLUMNS,
+            )  # fmt: skip
+            up = dot(low, x_tile, up)
+            if FORMAT == "int4":
+                up = dot(high, x_high, up)
+
+    if SPLITS == 1:
+        _finish(
+            acc, up, scale, bias, residual, y, channel, mask, row, there, width, residual_stride, EPILOGUE,
+            FORMAT == "scaled", HAS_BIAS, HAS_RESIDUAL,
+        )  # fmt: skip
+    else:
+        stored: tl.constexpr = 2 if GATE else 1
+        place = partial + (split * rows + row).to(tl.int64)[None, :] * (stored * width) + channel[:, None]
+        both = mask[:, None] & there[None, :]
+        tl.store(place, acc, mask=both)
+        if GATE:
+            tl.store(place + width, up, mask=both)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _add_splits(
+    partial, scale, bias, residual, y, rows, width, residual_stride,
+    EPILOGUE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    SPLITS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """The sum over the splits, first to last, then the epilogue."""
+    begin(DEPENDENT)
+    GATE: tl.constexpr = EPILOGUE == "silu_gate"
+    stored: tl.constexpr = 2 if GATE else 1
+    channel = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    row = tl.program_id(1) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    mask, there = channel < width, row < rows
+    both = mask[:, None] & there[None, :]
+    acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
+    up = acc
+    for split in tl.static_range(SPLITS):
+        place = partial + (split * rows + row).to(tl.int64)[None, :] * (stored * width) + channel[:, None]
+        acc += tl.load(place, mask=both, other=0.0)
+        if GATE:
+            up += tl.load(place + width, mask=both, other=0.0)
+    _finish(
+        acc, up, scale, bias, residual, y, channel, mask, row, there, width, residual_stride, EPILOGUE,
+        HAS_SCALE, HAS_BIAS, HAS_RESIDUAL,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def depth_splits(tiles: int, steps: int, processors: int, most: int) -> int:
+    """Into how many ranges to split the depth: two blocks for every processor, so that one loads while the
+    other one drains, but no split shorter than LEAST_STEPS. 32 tiles of the out projection on 132 processors:
+    16 steps of 128 inputs allow 4 splits, 128 blocks.
+    """
+    wanted = -(-2 * processors // max(tiles, 1))
+    return max(1, min(wanted, steps // LEAST_STEPS, most))
+
+
+def _run(
+    x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, epilogue: str,
+    residual: Tensor | None, weights: str, group: int,
+) -> Tensor:  # fmt: skip
+    """weights: "plain", "scaled" (one scale a channel) or "int4"."""
+    rows, depth = x.shape[0], weight.shape[1]
+    width = weight.shape[0] // 2 if epilogue == "silu_gate" else weight.shape[0]
+    x, weight = rows_apart(x), weight.contiguous()
+    scale, bias = (t if t is None else t.contiguous() for t in (scale, bias))
+    residual = residual if residual is None else rows_apart(residual)
+    y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    config = dict(
+        choose(
+            "linear", x.device, rows=rows, width_in=x.shape[1], width_out=weight.shape[0], epilogue=epilogue,
+            weight=str(weight.dtype).removeprefix("torch."),
+        )
+    )  # fmt: skip
+    block_out, block_rows, most = config["BLOCK_OUT"], config["BLOCK_ROWS"], config.pop("max_splits")
+    tiles = triton.cdiv(rows, block_rows) * triton.cdiv(width, block_out)
+    steps = triton.cdiv(x.shape[1], config["BLOCK_DEPTH"])
+    splits = depth_splits(tiles, steps, processors(x.device), most)
+    stride = 0 if residual is None else residual.stride(0)
+    finish = {"EPILOGUE": epilogue, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
+    partial = None
+    if splits > 1:
+        partial = torch.empty((splits, rows, weight.shape[0]), dtype=torch.float32, device=x.device)
+    launch(
+        _linear, (tiles, splits), x, weight, scale, bias, residual, y, partial, rows, width, depth,
+        x.stride(0), stride, FORMAT=weights, GROUP=group, SPLITS=splits, **finish, **config,
+    )  # fmt: skip
+    if partial is not None:
+        block = (min(128, triton.next_power_of_2(width)), min(4, triton.next_power_of_2(rows)))
+        launch(
+            _add_splits, (triton.cdiv(width, block[0]), triton.cdiv(rows, block[1])), partial, scale, bias,
+            residual, y, rows, width, stride, HAS_SCALE=weights == "scaled", SPLITS=splits,
+            BLOCK_OUT=block[0], BLOCK_ROWS=block[1], **finish,
+        )  # fmt: skip
+    return y
+
+
+def linear_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`linear_ref` on a GPU: x [N, D], weight [O, D], bias [O], residual [N, O'] -> y [N, O'] in x's dtype.
+
+    Sums and epilogue are in float32 and rounded once. Any N; made for 1 to 64 rows.
+    """
+    check_linear(x, weight, bias, epilogue, residual)
+    accept("linear", x=x, weight=weight, bias=bias, residual=residual)
+    return _run(x, weight, None, bias, epilogue, residual, "plain", 1)
+
+
+def linear_quantized_triton(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None = None,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """`linear_triton` with weights in int8, float8_e4m3fn or int4 (two in a byte); see the file's head.
+
+    x [N, D], weight [O, D] or uint8 [O, D / 2], scale float32 [O] or [O, D / group] -> y [N, O'] in x's
+    dtype.
+    The weights are widened to x's dtype as they are read; rows are not quantised.
+    """
+    packed = weight.dtype == torch.uint8
+    sizes = check_dims("linear", x=(x, "N D"), weight=(weight, "O W"))
+    depth, stored = sizes["D"], sizes["W"] * (2 if packed else 1)
+    if stored != depth:
+        raise ValueError(
+            f"linear: weight {tuple(weight.shape)} {weight.dtype} holds {stored} inputs, x has {depth}"
+        )
+    if not packed and weight.dtype not in (torch.int8, torch.float8_e4m3fn):
+        raise TypeError(f"linear: quantised weights are int8, float8_e4m3fn or uint8, got {weight.dtype}")
+    if epilogue not in EPILOGUES or (epilogue == "silu_gate" and sizes["O"] % 2):
+        raise ValueError(f"linear: epilogue {epilogue!r} does not fit {sizes['O']} weight rows")
+    group = 1
+    if packed:
+        groups = check_dims("linear", weight=(weight, "O W"), scale=(scale, "O J"))["J"]
+        group = depth // max(groups, 1)
+        if depth % 64 or group not in (32, 64) or groups * group != depth:
+            raise ValueError(
+                f"linear: int4 takes groups of 32 or 64 inputs and a multiple of 64 inputs, got {depth} "
+                f"inputs with scale {tuple(scale.shape)}"
+            )
+    else:
+        check_dims("linear", weight=(weight, "O W"), scale=(scale, "O"))
+    if scale.dtype != torch.float32:
+        raise TypeError(f"linear: scale must be torch.float32, got {scale.dtype}")
+    accept("linear", x=x, scale=scale, bias=bias, residual=residual)
+    return _run(x, weight, scale, bias, epilogue, residual, "int4" if packed else "scaled", group)
+
+
+def pack_int4(weight: Tensor, group: int = 64) -> tuple[Tensor, Tensor]:
+    """weight [O, D] -> (uint8 [O, D / 2], scale float32 [O, D / group]): to nearest, symmetric, -7..7."""
+    out, depth = weight.shape
+    grouped = weight.float().view(out, depth // group, group)
+    scale = (grouped.abs().amax(-1) / 7).clamp(min=torch.finfo(torch.float32).tiny)
+    levels = (grouped / scale[..., None]).round().to(torch.int8).view(out, depth // 64, 2, 32) + 8
+    low, high = levels.to(torch.uint8).unbind(2)
+    return (low | (high << 4)).reshape(out, depth // 2), scale
+
+
+def quantize_channels(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """weight [O, D] -> (int8 or float8_e4m3fn [O, D], scale float32 [O]): symmetric, per channel."""
+    top = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    scale = (weight.float().abs().amax(1) / top).clamp(min=torch.finfo(torch.float32).tiny)
+    levels = weight.float() / scale[:, None]
+    return (levels.round() if dtype == torch.int8 else levels).to(dtype), scale
