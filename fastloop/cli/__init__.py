@@ -19,6 +19,7 @@ from .. import __version__
 from .convert import convert_command
 from .data import data_app
 from .doctor import doctor_command
+from .eval import eval_app
 from .listen import listen_command
 from .terminal import complain
 from .train import train_command
@@ -93,6 +94,7 @@ app.command("listen")(listen_command)
 app.command("doctor")(doctor_command)
 app.command("convert")(convert_command)
 app.command("train")(train_command)
+app.add_typer(eval_app)
 app.add_typer(data_app)
 
 

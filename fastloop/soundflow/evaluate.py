@@ -1,138 +1,234 @@
-"""Scores of streams whose truth is known: what was answered, when, and what was answered for nothing.
+"""Scores of streams whose truth is known: what was answered, when, how well, and what for nothing.
 
-Streams run through the engine, many sessions at once, greedy text, decisions by argmax. An event counts
-as answered by the first answer that comes at most WITHIN_S after its onset; every other answer is a false
-trigger. Times are stream times: an answer has the time of its chunk's end.
+An answer is split into units: every digit of a written number is one, any other text is one. A turn that is
+to be answered takes a unit between its onset and WITHIN_S after its answer is due: first every turn one
+with the right text, then every turn that has none the first that is left. Units that belong to no turn are
+false triggers.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import statistics
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..checkpoint import Model
-from ..config import SAMPLE_RATE
-from ..engine import Engine
-from ..events import ResponseEnd, ResponseStart
-from ..options import EngineConfig, SessionConfig
-from .scenes import Event
-from .sequence import Reply
-from .synth import Sound
+import jiwer
 
-WITHIN_S = 2.0
-SESSIONS = 8  # streams that run side by side
+from .hear import Answer
+from .shards import Stream, Turn
+from .statistics import NOTHING, Figure, bootstrap, share
+
+WITHIN_S = 2.0  # so long after it is due an answer still counts
+ECHO_S = 0.8  # so long after its end a sound is taken for the cause of a false trigger
+KINDS = ("sound", "digits", "question")
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One response at stream time t_s."""
+class Unit:
+    """A part of an answer that can belong to one turn."""
 
     t_s: float
-    reply: Reply
+    text: str
+    emotion: str | None
+
+
+def units(answers: Sequence[Answer]) -> list[Unit]:
+    """Answers -> units in time order; "3 5" is two."""
+    found = []
+    for answer in answers:
+        parts = answer.text.split() if written(answer.text) else [answer.text]
+        found += [Unit(answer.t_s, part, answer.emotion) for part in parts]
+    return found
+
+
+def written(text: str) -> bool:
+    """Digits and nothing else: the transcript of spoken digits."""
+    return text.replace(" ", "").isdigit()
+
+
+def kind(turn: Turn) -> str:
+    """Of a turn that is to be answered: a question, digits to write, or a sound."""
+    if turn.label == "question":
+        return "question"
+    return "digits" if written(turn.reply or "") else "sound"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One stream: (event, its answer or None) for each event, answers that belong to none, its length."""
+    """One stream: each turn that is to be answered with its unit or None, and the units of no turn."""
 
-    answered: list[tuple[Event, Answer | None]]
-    false: list[Answer]
-    seconds: float
+    stream: Stream
+    answered: list[tuple[Turn, Unit | None]]
+    false: list[Unit]
+    heard: list[Unit]
 
-
-def listen(model: Model, sounds: Sequence[Sound], window_s: float | None = 60.0) -> list[list[Answer]]:
-    """Each sound (float32 [S] at 16 kHz, padded with zeros to a whole chunk) as a stream -> its answers."""
-    found: list[list[Answer]] = []
-    for first in range(0, len(sounds), SESSIONS):
-        found += _listen_together(model, sounds[first : first + SESSIONS], window_s)
-    return found
+    def hits(self) -> int:
+        return sum(unit is not None for _, unit in self.answered)
 
 
-def _listen_together(model: Model, sounds: Sequence[Sound], window_s: float | None) -> list[list[Answer]]:
-    longest_s = max(len(sound) for sound in sounds) / SAMPLE_RATE + 1.0
-    options = SessionConfig(
-        window_s=window_s if window_s is not None else longest_s, max_queued_s=longest_s, max_events=1 << 20
-    )
-    with Engine(model, EngineConfig(max_sessions=len(sounds))) as engine:
-        sessions = [engine.open(options) for _ in sounds]
-        for session, sound in zip(sessions, sounds, strict=True):
-            session.push(sound)
-            session.flush()
-        engine.run_until_idle()
-        return [_answers(session.poll()) for session in sessions]
-
-
-def _answers(events: Iterable[object]) -> list[Answer]:
-    found, emotion = [], None
-    for event in events:
-        if isinstance(event, ResponseStart):
-            emotion = event.emotion
-        elif isinstance(event, ResponseEnd):
-            found.append(Answer(event.t, Reply(event.text, emotion)))
-    return found
-
-
-def match(events: Sequence[Event], answers: Sequence[Answer], seconds: float) -> Outcome:
-    """Give each event, in order, the first free answer in [onset, onset + WITHIN_S]."""
-    free = sorted(answers, key=lambda a: a.t_s)
-    answered: list[tuple[Event, Answer | None]] = []
-    for event in sorted(events, key=lambda e: e.start_s):
-        hit = next((a for a in free if event.start_s <= a.t_s <= event.start_s + WITHIN_S), None)
-        if hit is not None:
-            free.remove(hit)
-        answered.append((event, hit))
-    return Outcome(answered, free, seconds)
+def match(stream: Stream, answers: Sequence[Answer]) -> Outcome:
+    """Give every turn its unit."""
+    free = heard = units(answers)
+    due = [turn for turn in stream.turns if turn.answer_s is not None]
+    due.sort(key=lambda turn: turn.answer_s or 0.0)
+    taken: dict[int, Unit] = {}
+    for exact in (True, False):
+        for i, turn in enumerate(due):
+            latest = (turn.answer_s or 0.0) + WITHIN_S
+            fits = [
+                u for u in free if turn.start_s <= u.t_s <= latest and (not exact or u.text == turn.reply)
+            ]
+            if i not in taken and fits:
+                taken[i] = fits[0]
+                free = [unit for unit in free if unit is not fits[0]]
+    return Outcome(stream, [(turn, taken.get(i)) for i, turn in enumerate(due)], free, heard)
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Figures of a set of streams; latencies in seconds from the onset of the event."""
+    """Figures by name, and of each label: share answered, share answered with the right words; of each
+    silent label: share of its clips that no false trigger followed.
+    """
 
+    streams: int
     hours: float
-    events: int
-    answers: int
-    precision: float
-    recall: float
-    f1: float
-    false_per_hour: float
-    right_text: float  # share of the answered events whose text and emotion are right
-    latency_median_s: float
-    latency_p95_s: float
-    recall_by_class: dict[str, float]
-
-    def lines(self) -> list[str]:
-        """One `name value` line a figure."""
-        rows = []
-        for name, value in dataclasses.asdict(self).items():
-            parts = value.items() if isinstance(value, dict) else [("", value)]
-            for part, number in parts:
-                shown = f"{number:.3f}" if isinstance(number, float) else str(number)
-                rows.append(f"{' '.join(filter(None, (name, part))):<24}{shown}")
-        return rows
+    figures: dict[str, Figure]
+    recall: dict[str, Figure]
+    right: dict[str, Figure]
+    silence: dict[str, Figure]
 
 
-def scores(outcomes: Sequence[Outcome], replies: Mapping[str, Reply]) -> Scores:
-    """Totals over streams; shares of nothing are 0."""
-    pairs = [pair for outcome in outcomes for pair in outcome.answered]
-    hits = [(event, answer) for event, answer in pairs if answer is not None]
-    false = sum(len(outcome.false) for outcome in outcomes)
-    hours = sum(outcome.seconds for outcome in outcomes) / 3600
-    latencies = sorted(answer.t_s - event.start_s for event, answer in hits) or [0.0]
-    precision, recall = len(hits) / max(1, len(hits) + false), len(hits) / max(1, len(pairs))
-    all_of, hit_of = Counter(e.label for e, _ in pairs), Counter(e.label for e, _ in hits)
+def score(outcomes: Sequence[Outcome]) -> Scores:
+    """Totals over streams."""
     return Scores(
-        hours=hours,
-        events=len(pairs),
-        answers=len(hits) + false,
-        precision=precision,
-        recall=recall,
-        f1=2 * precision * recall / max(1e-9, precision + recall),
-        false_per_hour=false / max(1e-9, hours),
-        right_text=sum(a.reply == replies[e.label] for e, a in hits) / max(1, len(hits)),
-        latency_median_s=statistics.median(latencies),
-        latency_p95_s=latencies[min(len(latencies) - 1, int(0.95 * len(latencies)))],
-        recall_by_class={label: hit_of[label] / count for label, count in sorted(all_of.items())},
+        streams=len(outcomes),
+        hours=_hours(outcomes),
+        figures=_triggers(outcomes) | _of_kinds(outcomes) | _words(outcomes) | _silence(outcomes),
+        recall=_by_label(outcomes, lambda turn, unit: unit is not None),
+        right=_by_label(outcomes, lambda turn, unit: unit is not None and unit.text == turn.reply),
+        silence=_silence_by_label(outcomes),
     )
+
+
+def _hours(outcomes: Sequence[Outcome]) -> float:
+    return sum(outcome.stream.seconds for outcome in outcomes) / 3600
+
+
+def _f1(outcomes: Sequence[Outcome]) -> float:
+    hits = sum(outcome.hits() for outcome in outcomes)
+    wrong = sum(len(o.false) + len(o.answered) for o in outcomes) - hits
+    return 2 * hits / (2 * hits + wrong) if hits + wrong else math.nan
+
+
+def _per_hour(outcomes: Sequence[Outcome]) -> float:
+    hours = _hours(outcomes)
+    return sum(len(outcome.false) for outcome in outcomes) / hours if hours else math.nan
+
+
+def _triggers(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+    hits, false = sum(o.hits() for o in outcomes), sum(len(o.false) for o in outcomes)
+    ambient = [outcome for outcome in outcomes if outcome.stream.silent]
+    return {
+        "precision": share(hits, hits + false),
+        "recall": share(hits, sum(len(o.answered) for o in outcomes)),
+        "f1": bootstrap(outcomes, _f1, hits + false),
+        "false_triggers_per_hour": bootstrap(outcomes, _per_hour, false),
+        "false_triggers_per_ambient_hour": bootstrap(ambient, _per_hour, len(ambient)),
+    }
+
+
+def _restricted(outcome: Outcome, wanted: str) -> Outcome:
+    """Only the turns of a kind, and the false units that look like it."""
+    answered = [(turn, unit) for turn, unit in outcome.answered if kind(turn) == wanted]
+    false = [u for u in outcome.false if ("digits" if written(u.text) else "sound") == wanted]
+    return Outcome(outcome.stream, answered, false, outcome.heard)
+
+
+def _of_kinds(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+    """Recall, F1, right words and latencies of sounds, digits and questions."""
+    figures: dict[str, Figure] = {}
+    for name in KINDS:
+        own = [_restricted(outcome, name) for outcome in outcomes]
+        pairs = [(turn, unit) for outcome in own for turn, unit in outcome.answered]
+        hits = [(turn, unit) for turn, unit in pairs if unit is not None]
+        figures[f"{name}_recall"] = share(len(hits), len(pairs))
+        if name != "question":
+            figures[f"{name}_f1"] = bootstrap(own, _f1, len(pairs))
+        right = sum(unit.text == turn.reply for turn, unit in hits)
+        figures[f"{name}_right"] = share(right, len(pairs))
+        for point in ("onset", "end"):
+            for q, shown in ((50, "median"), (95, "p95")):
+                label = f"{name}_latency_from_{point}_{shown}_s"
+                figures[label] = bootstrap(own, _latency(point, q), len(hits))
+    return figures
+
+
+def _latency(point: str, q: int) -> Callable[[Sequence[Outcome]], float]:
+    """The q-th percentile of the seconds from onset or end of a turn to its answer."""
+
+    def statistic(outcomes: Sequence[Outcome]) -> float:
+        delays = sorted(
+            unit.t_s - (turn.start_s if point == "onset" else turn.end_s)
+            for outcome in outcomes
+            for turn, unit in outcome.answered
+            if unit is not None
+        )
+        if not delays:
+            return math.nan
+        return statistics.median(delays) if q == 50 else delays[min(len(delays) - 1, len(delays) * q // 100)]
+
+    return statistic
+
+
+def _words(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+    """Word error rate of the digits of each stream that has any, all that was written against all said."""
+    pairs = []
+    for outcome in outcomes:
+        said = [turn.reply or "" for turn, _ in outcome.answered if kind(turn) == "digits"]
+        if said:
+            heard = [unit.text for unit in outcome.heard if written(unit.text)]
+            pairs.append((" ".join(" ".join(said).split()), " ".join(heard)))
+    if not pairs:
+        return {"word_error_rate": NOTHING}
+    counts = []
+    for reference, hypothesis in pairs:
+        out = jiwer.process_words(reference, hypothesis)
+        errors = out.substitutions + out.deletions + out.insertions
+        counts.append((errors, out.substitutions + out.deletions + out.hits))
+
+    def rate(items: Sequence[tuple[int, int]]) -> float:
+        return sum(errors for errors, _ in items) / sum(words for _, words in items)
+
+    return {"word_error_rate": bootstrap(counts, rate, sum(words for _, words in counts))}
+
+
+def _silent_turns(outcome: Outcome) -> list[tuple[Turn, bool]]:
+    """Every turn that calls for silence, and whether it got it."""
+    return [
+        (turn, not any(turn.start_s < unit.t_s <= turn.end_s + ECHO_S for unit in outcome.false))
+        for turn in outcome.stream.turns
+        if turn.reply is None
+    ]
+
+
+def _silence(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+    turns = [right for outcome in outcomes for _, right in _silent_turns(outcome)]
+    return {"silent_clips_right": share(sum(turns), len(turns))}
+
+
+def _silence_by_label(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+    counts: dict[str, list[bool]] = defaultdict(list)
+    for outcome in outcomes:
+        for turn, right in _silent_turns(outcome):
+            counts[turn.label].append(right)
+    return {label: share(sum(rights), len(rights)) for label, rights in sorted(counts.items())}
+
+
+def _by_label(outcomes: Sequence[Outcome], hit: Callable[[Turn, Unit | None], bool]) -> dict[str, Figure]:
+    counts: dict[str, list[bool]] = defaultdict(list)
+    for outcome in outcomes:
+        for turn, unit in outcome.answered:
+            counts[turn.label].append(hit(turn, unit))
+    return {label: share(sum(hits), len(hits)) for label, hits in sorted(counts.items())}

@@ -16,7 +16,7 @@ import torch
 from ..checkpoint import load, save
 from ..config import SAMPLE_RATE, DecoderConfig, EncoderConfig, ModelConfig
 from ..text import Tokenizer
-from .evaluate import SESSIONS, Outcome, listen, match, scores
+from .first_scores import SESSIONS, Outcome, listen, match, scores
 from .pool import Batches, Pool
 from .scenes import joined
 from .train import PROBE, Losses, TrainConfig, Trainer, initial_weights, planned_steps
