@@ -31,12 +31,13 @@ def _check(
         k_pages=(k_pages, "P Q G K"),
         v_pages=(v_pages, "P Q G K"),
         block_table=(table, "B M"),
+        row_starts=(starts, "B+1"),
         kv_lens=(lens, "B"),
         gaps=(gaps, "B 2"),
     )
-    if starts.shape[0] != sizes["B"] + 1:
+    if sizes["B+1"] != sizes["B"] + 1:
         raise ValueError(
-            f"paged_attention: row_starts must be [B + 1] = [{sizes['B'] + 1}], got {tuple(starts.shape)}"
+            f"paged_attention: dimension B+1 of row_starts is {sizes['B+1']}, B elsewhere {sizes['B']}"
         )
     if sizes["H"] % sizes["G"]:
         raise ValueError(

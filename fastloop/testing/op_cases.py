@@ -290,7 +290,7 @@ CASES: dict[str, Callable[[Generator], list[Case]]] = {
     "linear": lambda g: [
         linear_case(g, bias=True),
         linear_case(g, bias=True, epilogue="gelu"),
-        linear_case(g, epilogue="silu_gate", residual=True),
+        linear_case(g, bias=True, epilogue="silu_gate", residual=True),
     ],
     "rope_append": lambda g: [rope_append_case(g), rope_append_case(g, bias=False)],
     "block_attention": lambda g: [block_attention_case(g)],

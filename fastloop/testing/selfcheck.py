@@ -57,13 +57,7 @@ def self_check(op: str, backend: str, device: str = "cpu") -> Finding:
 
 def compare(implementation: Implementation, case: Case) -> Finding:
     """One call: the result that errs most, or what is wrong."""
-    reference = REGISTRY[implementation.op].reference
-    truths = (
-        case.truth(case.arguments)
-        if case.truth
-        else results(reference, widened(case.arguments), case.mutates)
-    )
-    plains = results(reference, case.arguments, case.mutates)
+    plains, truths = expected(implementation.op, case)
     arguments = copied(case.arguments, GUARD)
     outs = _call(implementation, arguments, case.mutates)
     touched = _touched(case, arguments)
@@ -73,6 +67,15 @@ def compare(implementation: Implementation, case: Case) -> Finding:
     for number, (out, plain, truth) in enumerate(zip(outs, plains, truths, strict=True)):
         found = _worse(found, judge(f"result {number}", out, plain, truth))
     return found
+
+
+def expected(op: str, case: Case) -> tuple[list[Tensor], list[Tensor]]:
+    """What plain PyTorch makes of a call, and the truth: results, then changed arguments."""
+    reference = REGISTRY[op].reference
+    plains = results(reference, case.arguments, case.mutates)
+    if case.truth:
+        return plains, case.truth(case.arguments)
+    return plains, results(reference, widened(case.arguments), case.mutates)
 
 
 def judge(name: str, out: Tensor, plain: Tensor, truth: Tensor) -> Finding:
