@@ -18,6 +18,7 @@ from ..config import published_3b
 from .layer_norm import layer_norm_triton
 from .linear import linear_quantized_triton, linear_triton
 from .rms_norm import rms_norm_triton
+from .rope_append import rope_append_triton
 
 MODEL = published_3b()
 E, D = MODEL.encoder.width, MODEL.decoder.width
@@ -64,6 +65,19 @@ def _linear(
     linear_quantized_triton(x, stored, scale, epilogue=epilogue, **optional)
 
 
+H, G, K = MODEL.decoder.heads, MODEL.decoder.kv_heads, MODEL.decoder.head_width
+PAGES, PAGE = 1024, 64
+I32, I64 = torch.int32, torch.int64
+
+
+def _rope_append(rows: int, dtype: torch.dtype = BF16) -> None:
+    pages = _empty(PAGES, PAGE, G, K, dtype=dtype)
+    index = _empty(rows, dtype=I64)
+    inv_freq = _empty(K // 2, dtype=torch.float64)
+    qkv, bias = _empty(rows, QKV, dtype=dtype), _empty(QKV, dtype=dtype)
+    rope_append_triton(qkv, bias, index, index, inv_freq, pages, pages)
+
+
 QKV, FFN, VOCAB = MODEL.decoder.qkv_rows, MODEL.decoder.ffn, MODEL.decoder.vocab_padded
 LINEAR: dict[str, Callable[[int], None]] = {  # the matrices of the model, by the rows of a call
     "decoder qkv": lambda rows: _linear(rows, D, QKV),
@@ -99,5 +113,10 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
         "fp8 down": lambda: _linear(13, FFN, D, residual=True, weight=torch.float8_e4m3fn),
         "int4 down": lambda: _linear(1, FFN, D, residual=True, weight=torch.uint8),
         "int4 gate_up": lambda: _linear(1, D, 2 * FFN, "silu_gate", weight=torch.uint8),
+    },
+    "rope_append": {
+        "a listening step": lambda: _rope_append(13),
+        "many rows": lambda: _rope_append(208),
+        "float32": lambda: _rope_append(13, F32),
     },
 }
