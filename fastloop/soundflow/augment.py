@@ -38,6 +38,9 @@ class Augment:
     narrow: float = 0.0
     mask: float = 0.0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "gain_db", tuple(self.gain_db))  # a list, where it comes from YAML or JSON
+
 
 def mel_to_hz(mel: np.ndarray) -> np.ndarray:
     """Slaney's scale: linear to 1 kHz, logarithmic above."""

@@ -17,7 +17,7 @@ from ..text import Tokenizer
 from .augment import Augment, augment
 from .features import FeatureSet, clamp
 from .objective import Batch, collate
-from .sequence import Reply, build, due_replies, plan
+from .sequence import build, due_replies, plan
 from .shards import Stream, Turn
 
 RARE = 20  # a reply that fewer turns give has no class of its own, but that of its label
@@ -36,6 +36,9 @@ class BatchPlan:
     rows_s: tuple[float, ...] = (12.8, 25.6)
     balance: float = 0.5
     other_prompt: float = 0.3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows_s", tuple(self.rows_s))  # a list, where it comes from YAML or JSON
 
 
 def turn_class(turn: Turn, known: dict[str, int]) -> int:
@@ -139,6 +142,3 @@ def shifted(turn: Turn, seconds: float) -> Turn:
 def spoken(streams: Iterable[Stream]) -> list[str]:
     """All replies of the streams, as often as they are given: what a tokenizer is built from."""
     return [turn.reply for stream in streams for turn in stream.turns if turn.reply is not None]
-
-
-__all__ = ["BatchPlan", "Batches", "Reply", "sound_classes", "spoken", "turn_class"]

@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import math
+import tarfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,8 @@ from typing import Any
 
 import numpy as np
 import soundfile
-import webdataset  # type: ignore[import-untyped]
 
-from ..config import SAMPLE_RATE, ConfigError
+from ..config import SAMPLE_RATE
 from ..errors import FastloopError
 
 SILENCE = "<no need to response>"  # as StreamAudio-2M spells it
@@ -89,18 +89,27 @@ def read_streams(
     """
     for shard in shards:
         try:
-            for sample in webdataset.WebDataset([str(shard)], shardshuffle=False, empty_check=False):
+            for name, sample in _samples(shard):
                 try:
                     stream = parse_stream(_json(sample))
                     if split in (None, stream.split):
                         yield stream, _sound(sample, stream)
-                except (ShardError, ConfigError) as error:
-                    skipped(f"{shard.name}/{sample['__key__']}: {error}")
-        except (OSError, EOFError, ValueError, webdataset.gopen.GopenException) as error:
+                except ShardError as error:
+                    skipped(f"{shard.name}/{name}: {error}")
+        except (OSError, EOFError, tarfile.TarError) as error:
             raise ShardError(f"{shard}: cannot be read: {error}") from error
 
 
-def _json(sample: Mapping[str, Any]) -> Mapping[str, Any]:
+def _samples(shard: Path) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(name, {ending: content}) of the neighbours in a tar that share a name."""
+    with tarfile.open(shard) as tar:
+        files = (info for info in tar if info.isfile())
+        for name, group in itertools.groupby(files, lambda info: info.name.rpartition(".")[0]):
+            contents = ((info, tar.extractfile(info)) for info in group)
+            yield name, {info.name.rpartition(".")[2]: file.read() for info, file in contents if file}
+
+
+def _json(sample: Mapping[str, bytes]) -> Mapping[str, Any]:
     if "json" not in sample:
         raise ShardError("no .json beside the sound")
     try:
@@ -112,7 +121,7 @@ def _json(sample: Mapping[str, Any]) -> Mapping[str, Any]:
     return values
 
 
-def _sound(sample: Mapping[str, Any], stream: Stream) -> np.ndarray:
+def _sound(sample: Mapping[str, bytes], stream: Stream) -> np.ndarray:
     if "flac" not in sample:
         raise ShardError("no .flac beside the .json")
     try:

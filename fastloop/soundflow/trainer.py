@@ -48,6 +48,9 @@ MODEL, STAGE, CONFIG, CLASSES = "model", "stage.json", "model.json", "classes.js
 ROOT = "model.root."  # prefix of the model's own weights in a state
 
 
+Start = tuple[ModelConfig, Tokenizer, Mapping[str, Tensor]]
+
+
 class TrainError(FastloopError):
     """A run cannot start, go on or resume; the message says why."""
 
@@ -90,8 +93,11 @@ class Trainer:
         self.fabric.launch()
         self.step, self.stopped = 0, False
         self._check_directory(resume)
-        features = self._features(shards, skipped)
-        self.config, self.tokenizer, weights = self._model(features, source, resume)
+        given = self._given(source, resume)
+        features = self._features(shards, given, skipped)
+        self.config, self.tokenizer, weights = given or self._new(features)
+        if not resume and self.fabric.is_global_zero:
+            self._describe()
         classes = self._classes(features, resume)
         self.batches = Batches(
             self.config,
@@ -119,12 +125,27 @@ class Trainer:
         if resume and not exists:
             raise TrainError(f"{self.out / STATE}: nothing to resume from")
 
-    def _features(self, shards: list[Path], skipped: Report) -> FeatureSet:
+    def _given(self, source: str | None, resume: bool) -> Start | None:
+        """What the run goes on from: itself, or the checkpoint `source`; None: a new model."""
+        if resume:
+            config = ModelConfig.from_json((self.out / CONFIG).read_text(encoding="utf-8"), CONFIG)
+            tokenizer = Tokenizer.from_file(self.out / TOKENIZER)
+            return config, tokenizer, initial_weights(config, self.stage.seed)  # _restore fills them
+        if source is None:
+            return None
+        model = load(source, dtype="float32")
+        return model.config, model.tokenizer, model.weights
+
+    def _features(self, shards: list[Path], given: Start | None, skipped: Report) -> FeatureSet:
         """Rank 0 computes them if they are not there; then everybody maps them."""
-        frames = self.stage.model.chunk_frames if self.stage.model else 40
-        cache = self.out / "features"
+        if given is not None:
+            frames = given[0].chunk_frames
+        elif self.stage.model is not None:
+            frames = self.stage.model.chunk_frames
+        else:
+            raise TrainError(f"stage {self.stage.name!r} makes no model: give one to start from with --from")
         with self.fabric.rank_zero_first():
-            found = feature_set(shards, "train", frames, cache, skipped)
+            found = feature_set(shards, "train", frames, self.out / "features", skipped)
         if not self.stage.abilities:
             return found
         kept = found.only(self.stage.abilities)
@@ -132,28 +153,20 @@ class Trainer:
             raise ShardError(f"no stream has one of the abilities {', '.join(self.stage.abilities)}")
         return kept
 
-    def _model(
-        self, features: FeatureSet, source: str | None, resume: bool
-    ) -> tuple[ModelConfig, Tokenizer, Mapping[str, Tensor]]:
-        """What is trained: of the run that is resumed, of the checkpoint `source`, or new."""
-        if resume:
-            config = ModelConfig.from_json((self.out / CONFIG).read_text(encoding="utf-8"), CONFIG)
-            tokenizer = Tokenizer.from_file(self.out / TOKENIZER)
-            return config, tokenizer, initial_weights(config, self.stage.seed)
-        if source is not None:
-            model = load(source, dtype="float32")
-            config, tokenizer, weights = model.config, model.tokenizer, model.weights
-        elif self.stage.model is not None:
-            config, tokenizer = self.stage.model.build([*spoken(features.streams), *self.stage.prompts])
-            weights = initial_weights(config, self.stage.seed)
-        else:
-            raise TrainError(f"stage {self.stage.name!r} makes no model: give one to start from with --from")
-        if self.fabric.is_global_zero:
-            (self.out / CONFIG).write_text(config.to_json(), encoding="utf-8")
-            (self.out / TOKENIZER).write_text(tokenizer.to_json(), encoding="utf-8")
-            described = json.dumps(dataclasses.asdict(self.stage), indent=2)
-            (self.out / STAGE).write_text(described, encoding="utf-8")
-        return config, tokenizer, weights
+    def _new(self, features: FeatureSet) -> Start:
+        """Random weights, and a tokenizer made for what the data says."""
+        assert self.stage.model is not None
+        config, tokenizer = self.stage.model.build([*spoken(features.streams), *self.stage.prompts])
+        return config, tokenizer, initial_weights(config, self.stage.seed)
+
+    def _describe(self) -> None:
+        """What is trained, for whoever resumes or exports."""
+        (self.out / CONFIG).write_text(self.config.to_json(), encoding="utf-8")
+        (self.out / TOKENIZER).write_text(self.tokenizer.to_json(), encoding="utf-8")
+        self._describe_stage()
+
+    def _describe_stage(self) -> None:
+        (self.out / STAGE).write_text(json.dumps(dataclasses.asdict(self.stage), indent=2), encoding="utf-8")
 
     def _classes(self, features: FeatureSet, resume: bool) -> dict[str, int]:
         """The classes of the probes, fixed at the start of a run."""
@@ -196,8 +209,7 @@ class Trainer:
                 f"{self.stage.name!r}; resume with that one, or start anew with --from {self.out / MODEL}"
             )
         if self.fabric.is_global_zero:
-            described = json.dumps(dataclasses.asdict(self.stage), indent=2)
-            (self.out / STAGE).write_text(described, encoding="utf-8")
+            self._describe_stage()
 
     def run(self) -> bool:
         """Train; True when the stage is complete, False when a signal (Ctrl-C, TERM) ended it early. The

@@ -1,0 +1,225 @@
+"""Whole runs of the trainer: it learns, resumes to the bit, stops cleanly, and says what is wrong."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from typer.testing import CliRunner
+
+from fastloop.checkpoint import load
+from fastloop.cli import app
+from fastloop.config import ConfigError
+from fastloop.soundflow.batches import BatchPlan
+from fastloop.soundflow.objective import Weighting
+from fastloop.soundflow.report import read_log
+from fastloop.soundflow.stage import NewModel, Stage, read_stage, stage_from, stage_names
+from fastloop.soundflow.trainer import LOG, MODEL, PLOT, STATE, Trainer, TrainError
+from fastloop.testing.streams import two_streams
+from fastloop.testing.tolerance import relative_error
+
+MODEL_DIMS = NewModel(
+    name="tiny",
+    encoder={"layers": 1, "width": 64, "heads": 1, "ffn": 64},
+    decoder={
+        "layers": 1,
+        "width": 64,
+        "heads": 1,
+        "kv_heads": 1,
+        "head_width": 64,
+        "ffn": 64,
+        "rope_base": 1e4,
+    },
+    system_prompt="Listen.",
+    vocab=300,
+)
+
+
+def tiny(**changes: Any) -> Stage:
+    values = {
+        "name": "tiny", "steps": 6, "warmup": 2, "decay": 2, "peak_rate": 3e-3, "precision": "float32",
+        "loss": Weighting(probe_weight=0.5), "batch": BatchPlan(chunks=12, rows_s=(4.8,)),
+        "model": MODEL_DIMS,
+    }  # fmt: skip
+    return Stage(**{**values, **changes})
+
+
+def weights_of(run: Path) -> dict[str, torch.Tensor]:
+    return torch.load(run / STATE, weights_only=True)["model"]
+
+
+def losses_of(run: Path) -> list[list[float]]:
+    return [[v for k, v in row.items() if k != "seconds"] for row in read_log(run / LOG)]
+
+
+def same(one: list[list[float]], other: list[list[float]]) -> bool:
+    """Equal to the bit; NaN is equal to NaN."""
+    return repr(one) == repr(other)
+
+
+@pytest.fixture(scope="module")
+def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return two_streams(tmp_path_factory.mktemp("shards"))
+
+
+@pytest.fixture(scope="module")
+def whole(shard: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 6 steps, uninterrupted."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    assert Trainer(tiny(), [shard], out).run()
+    return out
+
+
+def test_a_run_leaves_a_model_that_loads_and_says_what_it_did(whole: Path) -> None:
+    model = load(whole / MODEL)
+    assert model.config.name == "tiny"
+    assert model.dtype == torch.bfloat16
+    state = weights_of(whole)["model.root.encoder.proj.weight"]
+    assert torch.equal(model.weights["encoder.proj.weight"], state.bfloat16())
+    assert len(read_log(whole / LOG)) == 6
+    assert (whole / PLOT).read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_resumed_run_computes_what_an_uninterrupted_one_does_to_the_bit(
+    shard: Path, whole: Path, tmp_path: Path
+) -> None:
+    first = Trainer(tiny(), [shard], tmp_path)
+    first.stage = dataclasses.replace(first.stage, steps=3, decay=0)  # the path is the same up to step 3
+    assert first.run()
+    resumed = Trainer(tiny(), [shard], tmp_path, resume=True)
+    assert resumed.step == 3
+    assert resumed.run()
+    assert same(losses_of(tmp_path), losses_of(whole))
+    for name, value in weights_of(whole).items():
+        assert torch.equal(value, weights_of(tmp_path)[name]), name
+
+
+def test_a_stop_signal_saves_and_the_run_goes_on_from_there(
+    shard: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = Trainer(tiny(), [shard], tmp_path)
+    advance = trainer.advance
+
+    def struck() -> list[float]:
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)  # in the middle of a step
+        return advance()
+
+    monkeypatch.setattr(trainer, "advance", struck)
+    assert not trainer.run()
+    assert trainer.step == 3
+    assert Trainer(tiny(), [shard], tmp_path, resume=True).run()
+    assert same(losses_of(tmp_path), losses_of(whole))
+
+
+def test_a_run_learns(shard: Path, tmp_path: Path) -> None:
+    stage = tiny(steps=40, batch=BatchPlan(chunks=24, rows_s=(4.0,)))
+    assert Trainer(stage, [shard], tmp_path).run()
+    rows = read_log(tmp_path / LOG)
+    assert sum(row["total"] for row in rows[-5:]) < 0.5 * sum(row["total"] for row in rows[:5])
+
+
+def test_only_the_named_weights_move(shard: Path, whole: Path, tmp_path: Path) -> None:
+    stage = tiny(steps=2, trains=("encoder.proj.",), model=None)
+    assert Trainer(stage, [shard], tmp_path, source=str(whole / MODEL)).run()
+    before = load(whole / MODEL, dtype="float32").weights
+    for name, value in weights_of(tmp_path).items():
+        if name.startswith("model.root."):
+            name = name.removeprefix("model.root.")
+            moved = not torch.equal(value, before[name])
+            assert moved == name.startswith("encoder.proj."), name
+
+
+@pytest.mark.slow
+def test_accumulation_in_one_process_is_fsdp2_in_two(shard: Path, tmp_path: Path) -> None:
+    """Two gloo processes under torchrun see the batches that one process accumulates."""
+    alone = tmp_path / "alone"
+    assert Trainer(tiny(steps=2, accumulate=2), [shard], alone).run()
+    stage = tmp_path / "tiny.yaml"
+    stage.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(tiny(steps=2))))))
+    root = Path(__file__).resolve().parents[2]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    train = ["-m", "fastloop", "train", str(stage), "--data", str(shard), "--out", str(tmp_path / "two")]
+    for more in (["--steps", "1"], ["--resume"]):
+        command = [*torchrun, *train, "--threads", "1", *more]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = weights_of(alone), weights_of(tmp_path / "two")
+    assert set(one) == set(two)
+    # AdamW's first steps are the sign of the gradient times the rate: where a gradient is near 0, its
+    # rounding moves a weight by the rate.
+    for name, value in one.items():
+        assert relative_error(two[name], value) < 1e-3 or value.norm() < 0.1, name
+
+
+# ---- what is wrong is said
+
+
+def test_directories_are_not_overwritten_and_nothing_is_resumed_from_nowhere(
+    shard: Path, whole: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainError, match="--resume"):
+        Trainer(tiny(), [shard], whole)
+    with pytest.raises(TrainError, match="nothing to resume"):
+        Trainer(tiny(), [shard], tmp_path, resume=True)
+    with pytest.raises(TrainError, match="another stage"):
+        Trainer(tiny(seed=1), [shard], whole, resume=True)
+    with pytest.raises(TrainError, match="--from"):
+        Trainer(tiny(model=None), [shard], tmp_path)
+    with pytest.raises(ConfigError, match="no weight begins with middle"):
+        Trainer(tiny(trains=("middle.",)), [shard], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"steps": 0}, "Stage.steps"),
+        ({"peak_rate": "1e-3"}, "1.0e-3"),
+        ({"precision": "half"}, "bfloat16"),
+        ({"trains": "decoder."}, "list of strings"),
+        ({"lambda": 1}, "unknown keys"),
+        ({"loss": {"text": 1}}, "loss"),
+    ],
+)
+def test_a_wrong_field_of_a_stage_is_named(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        stage_from({"name": "x", "steps": 1, **change}, "x.yaml")
+
+
+def test_the_shipped_stages_are_valid_and_their_rates_rise_stay_and_fall() -> None:
+    assert stage_names() == ["adapter", "format", "instruct", "nano", "streaming"]
+    for name in stage_names():
+        stage = read_stage(name)
+        assert stage.name == name
+        rates = [stage.rate(step) for step in range(stage.steps)]
+        assert rates[0] < stage.peak_rate
+        assert max(rates) == stage.peak_rate == rates[stage.warmup]
+        assert 0 < rates[-1] < 0.01 * stage.peak_rate
+        assert (stage.model is not None) == (name == "nano")
+
+
+def test_a_longer_stage_goes_on_from_a_shorter_one_until_the_rate_falls() -> None:
+    short, long = tiny(steps=6), tiny(steps=60)
+    assert long.same_path(short, 5)
+    assert not long.same_path(short, 6)  # the short one's last step had begun to fall
+    assert not tiny(peak_rate=1e-3).same_path(short, 1)
+
+
+def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
+    for arguments, words in (
+        (["nano", "--data", str(tmp_path), "--out", str(tmp_path / "o")], "no *.tar"),
+        (["none", "--data", str(tmp_path), "--out", str(tmp_path / "o")], "known stages"),
+    ):
+        done = CliRunner().invoke(app, ["train", *arguments])
+        assert done.exit_code == 2
+        assert words in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1

@@ -1,0 +1,246 @@
+"""What a training step is made of: shards, features, augmentation, sequences, batches, the loss."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fastloop.config import small
+from fastloop.mel import MelState, mel_chunk
+from fastloop.soundflow.augment import Augment, augment, centres_hz, mix, warp
+from fastloop.soundflow.batches import Batches, BatchPlan, sound_classes
+from fastloop.soundflow.features import clamp, feature_set, raw_log_mel
+from fastloop.soundflow.objective import Objective, Weighting
+from fastloop.soundflow.sequence import IGNORED, due_chunk, due_replies
+from fastloop.soundflow.shards import ShardError, Turn, find_shards, parse_stream, read_streams
+from fastloop.soundflow.trainable import Trainable, initial_weights
+from fastloop.testing.cases import byte_tokenizer, random_sound
+from fastloop.testing.streams import flac, record, two_streams, write_shard
+from fastloop.testing.tolerance import relative_error
+
+EPS = torch.finfo(torch.float32).eps
+
+
+# ---- shards
+
+
+def test_a_sample_that_cannot_be_used_is_named_and_the_others_are_read(tmp_path: Path) -> None:
+    noisy = record("n", turns=[{**record()["turns"][1], "answer_s": None}])
+    shard = write_shard(
+        tmp_path / "t.tar",
+        [
+            (record("a"), flac(4)),
+            (record("cut"), b"fLaC no"),
+            (record("long", 9.0), flac(4)),
+            (noisy, flac(4)),
+        ],
+    )
+    skipped: list[str] = []
+    found = list(read_streams([shard], "train", skipped.append))
+    assert [stream.id for stream, _ in found] == ["a"]
+    assert len(skipped) == 3
+    for line, words in zip(
+        skipped, (["cut", "decoded"], ["long", "9"], ["n", "turns[0]", "answer_s"]), strict=True
+    ):
+        assert all(word in line for word in words), line
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"turns": "none"}, "turns"),
+        ({"split": "test"}, "split"),
+        ({"duration_s": -1}, "duration_s"),
+        ({"ability": 3}, "ability"),
+        ({"turns": record()["turns"][::-1]}, "time order"),
+        ({"turns": [{**record()["turns"][1], "assistant": " "}]}, "assistant"),
+        ({"turns": [{**record()["turns"][1], "end_s": 0.5}]}, "end_s"),
+    ],
+)
+def test_a_wrong_field_is_named(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ShardError, match=words):
+        parse_stream(record(**change))
+
+
+def test_no_shards_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ShardError, match=r"no \*.tar"):
+        find_shards([tmp_path])
+    (tmp_path / "x.tar").write_bytes(b"not a tar" * 100)
+    with pytest.raises(ShardError, match="cannot be read"):
+        list(read_streams(find_shards([tmp_path]), None, print))
+
+
+# ---- features
+
+
+def test_features_are_what_the_listening_loop_computes() -> None:
+    pcm = torch.from_numpy(random_sound(2.0, seed=3))
+    state, slot = MelState.empty(1), torch.zeros(1, dtype=torch.int64)
+    online = torch.cat([mel_chunk(state, slot, chunk[None], edge="reflect") for chunk in pcm.split(6400)])
+    offline = clamp(raw_log_mel(pcm, 6400))
+    assert relative_error(offline, online) < 400 * EPS  # a sum of 400 terms, and a logarithm
+
+
+def test_features_are_computed_once_and_kept_per_set_of_shards(tmp_path: Path) -> None:
+    shard = two_streams(tmp_path)
+    first = feature_set([shard], "train", 40, tmp_path / "cache", print)
+    again = feature_set([shard], "train", 40, tmp_path / "cache", print)
+    assert [stream.id for stream in first.streams] == ["a", "b"]
+    assert first.streams == again.streams
+    assert [len(again.raw(i)) for i in (0, 1)] == [10, 14]  # 4 s, and 5.3 s filled up to whole chunks
+    with pytest.raises(ShardError, match="val"):
+        feature_set([shard], "val", 40, tmp_path / "cache", print)
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # and nothing half made is left
+
+
+# ---- augmentation
+
+
+def test_no_augmentation_changes_nothing() -> None:
+    raw = torch.randn(3, 40, 128)
+    assert torch.equal(augment(raw, Augment(), np.random.default_rng(0), None), raw)
+
+
+def test_warp_moves_a_tone_to_the_frequency_it_says() -> None:
+    bins = centres_hz()
+    for factor in (0.88, 1.0, 1.12):
+        raw = torch.full((1, 1, 128), -10.0)
+        raw[..., 60] = 0.0
+        peak = bins[int(warp(raw, factor).argmax())]
+        step = bins[61] - bins[60]
+        assert abs(peak - factor * bins[60]) <= step
+
+
+def test_mixing_adds_powers() -> None:
+    loud, soft = torch.randn(5, 40, 128), torch.randn(2, 40, 128)
+    repeated = torch.cat((soft, soft, soft))[:5] - 0.7
+    expected = (10.0 ** loud.double() + 10.0 ** repeated.double()).log10()
+    assert relative_error(mix(loud, soft, -0.7), expected) < 16 * EPS
+
+
+def test_everything_at_once_stays_finite_and_above_the_floor() -> None:
+    settings = Augment(gain_db=(-20, 6), warp=0.12, tilt_db=6, mix=1.0, narrow=0.5, mask=1.0)
+    for seed in range(8):
+        out = augment(torch.randn(4, 40, 128), settings, np.random.default_rng(seed), torch.randn(9, 40, 128))
+        assert out.shape == (4, 40, 128)
+        assert torch.isfinite(out).all()
+        assert out.min() >= -10
+
+
+# ---- sequences
+
+
+@given(st.floats(0, 1000, allow_nan=False))
+def test_an_answer_is_due_in_the_first_chunk_that_ends_after_it(answer_s: float) -> None:
+    chunk = due_chunk(answer_s, 0.4)
+    assert (chunk + 1) * 0.4 >= answer_s - 1e-6
+    assert chunk == 0 or chunk * 0.4 < answer_s + 1e-6
+
+
+def _turn(answer_s: float, reply: str, emotion: str | None = None) -> Turn:
+    return Turn("", reply, emotion, "x", "", 0.0, answer_s, answer_s)
+
+
+def test_replies_that_fall_due_together_are_joined_or_wait() -> None:
+    digits = [_turn(1.0, "1"), _turn(1.1, "2"), _turn(1.3, "3")]
+    found = due_replies(digits, 10, 0.4)
+    assert {chunk: reply.text for chunk, reply in found.items()} == {2: "1 2", 3: "3"}
+    alarms = [
+        _turn(1.0, "1"),
+        _turn(1.1, "Alarm!", "urgent"),
+        _turn(1.15, "Siren!", "urgent"),
+        _turn(3.99, "x"),
+    ]
+    found = due_replies(alarms, 9, 0.4)
+    assert {chunk: reply.text for chunk, reply in found.items()} == {2: "1", 3: "Alarm!", 4: "Siren!"}
+
+
+# ---- batches and the loss
+
+
+def make_batches(directory: Path, seed: int = 0, **options: Any) -> Batches:
+    features = feature_set([two_streams(directory)], "train", 40, directory / "cache", print)
+    plan = BatchPlan(chunks=24, rows_s=(4.8,), **options)
+    classes = sound_classes(features.streams)
+    settings = Augment(gain_db=(-10, 0), mix=0.5)
+    config = small()
+    return Batches(config, byte_tokenizer(config.decoder.vocab), features, classes, seed=seed, plan=plan,
+                   augment=settings, prompts=("other",))  # fmt: skip
+
+
+def test_a_batch_depends_on_seed_and_number_alone(tmp_path: Path) -> None:
+    batches = make_batches(tmp_path)
+    seventh = batches[7]
+    _ = batches[3]
+    for one, other in zip(seventh, batches[7], strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(seventh.frames, batches[8].frames)
+    assert not torch.equal(seventh.frames, make_batches(tmp_path, seed=1)[7].frames)
+
+
+def test_a_batch_holds_what_the_protocol_says(tmp_path: Path) -> None:
+    batches, config = make_batches(tmp_path), small()
+    batch = batches[0]
+    t = config.tokens
+    assert batch.frames.shape == (24, 40, 128)
+    assert int(batch.audio.sum()) == 24 * config.chunk_tokens == batch.active.numel()
+    assert torch.equal(batch.audio, batch.ids == t.audio_pad)
+    decides = batch.ids[:, :-1] == t.assistant
+    assert int(decides.sum()) == 24
+    assert set(batch.labels[:, 1:][decides].tolist()) <= {t.keep_silence, t.text_begin}
+    assert (batch.labels[batch.audio] == IGNORED).all()
+    assert set(batch.active.unique().tolist()) <= {0, *batches.classes.values()}
+
+
+def test_the_loss_is_its_definition_word_for_word(tmp_path: Path) -> None:
+    config, batch = small(), make_batches(tmp_path)[0]
+    model = Trainable(config, initial_weights(config, 0), classes=3)
+    weighting = Weighting(text_weight=0.5, control_weight=2.0, probe_weight=0.0)
+    total, control, text, *_ = Objective(model, weighting)(batch).tolist()
+    encoder, decoder = model.stages()
+    t = config.tokens
+    tokens = encoder.encode(batch.frames).reshape(-1, config.decoder.width)
+    x, used = decoder.embed(batch.ids.flatten()).view(*batch.ids.shape, -1).clone(), 0
+    controls, texts = [], []
+    for b in range(len(x)):
+        for i in range(x.shape[1]):
+            if batch.audio[b, i]:
+                x[b, i], used = tokens[used], used + 1
+        logits = decoder.logits(decoder.sequence(x[b : b + 1])[0])
+        for i in range(1, x.shape[1]):
+            label = int(batch.labels[b, i])
+            if label == IGNORED:
+                continue
+            if batch.ids[b, i - 1] == t.assistant:
+                pair = logits[i - 1, [t.keep_silence, t.text_begin]]
+                controls.append(-F.log_softmax(pair, 0)[int(label == t.text_begin)])
+            else:
+                texts.append(-F.log_softmax(logits[i - 1], 0)[label])
+    assert used == len(tokens)
+    means = [torch.stack(values).mean().item() for values in (controls, texts)]
+    bound = 1e3 * EPS  # two layers of float32 products of width 64, in another order
+    assert abs(control - means[0]) < bound * means[0]
+    assert abs(text - means[1]) < bound * means[1]
+    assert abs(total - (2 * means[0] + 0.5 * means[1])) < bound * total
+
+
+def test_the_keys_of_the_encoder_never_get_a_bias(tmp_path: Path) -> None:
+    config, batch = small(), make_batches(tmp_path)[0]
+    objective = Objective(
+        Trainable(config, initial_weights(config, 0), classes=3), Weighting(probe_weight=1.0)
+    )
+    objective(batch)[0].backward()
+    width = config.encoder.width
+    gradient = objective.model.root.get_parameter("encoder.layers.0.qkv.bias").grad
+    assert gradient is not None
+    q, k, v = gradient.split(width)
+    assert not k.any()
+    assert q.any()
+    assert v.any()
