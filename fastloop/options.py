@@ -15,12 +15,19 @@ from .window import window_slack
 
 EDGES = ("reflect", "wait")
 MODES = ("online", "offline")
+RUNNERS = ("auto", "eager", "native")
+PRECISIONS = ("auto", "float32", "bfloat16", "int8", "int4")
 
 
 def _range(where: str, name: str, value: Any, low: float, high: float, kind: Any) -> None:
     ok = isinstance(value, kind) and not isinstance(value, bool) and low <= value <= high
     if not ok:
         raise ConfigError(f"{where}.{name}: must be between {low:g} and {high:g}, got {value!r}")
+
+
+def _choice(where: str, name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{where}.{name}: choose from {choices}, got {value!r}")
 
 
 _NUMBER = (int, float)
@@ -153,6 +160,11 @@ class EngineConfig:
     page_tokens: token slots in a page (Q).
     max_step_rows: rows of one ragged decoder step; a single longer item still runs, alone.
     max_perceive_chunks: chunks encoded in one step.
+    runner: "native" (compiled, CPU), "eager" (op by op), or "auto": native where it is built and the model
+        is on the CPU.
+    precision: of the weights, native only: "float32", "bfloat16", "int8", "int4"; "auto" keeps the
+        checkpoint's. With int8, int4 and bfloat16 the KV pages are bfloat16.
+    threads: of the native runner; None takes torch's number.
     """
 
     max_sessions: int = 8
@@ -160,6 +172,9 @@ class EngineConfig:
     page_tokens: int = 64
     max_step_rows: int = 1024
     max_perceive_chunks: int = 64
+    runner: str = "auto"
+    precision: str = "auto"
+    threads: int | None = None
 
     def __post_init__(self) -> None:
         where = "EngineConfig"
@@ -169,3 +184,11 @@ class EngineConfig:
         _range(where, "page_tokens", self.page_tokens, 1, 4096, int)
         _range(where, "max_step_rows", self.max_step_rows, 1, 2**20, int)
         _range(where, "max_perceive_chunks", self.max_perceive_chunks, 1, 2**20, int)
+        _choice(where, "runner", self.runner, RUNNERS)
+        _choice(where, "precision", self.precision, PRECISIONS)
+        if self.threads is not None:
+            _range(where, "threads", self.threads, 1, 256, int)
+        if self.precision != "auto" and self.runner == "eager":
+            raise ConfigError(
+                f"{where}.precision: the eager runner keeps the checkpoint's; leave it at 'auto'"
+            )

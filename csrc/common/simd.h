@@ -53,11 +53,14 @@ FASTLOOP_INLINE float sum(Lanes v) {
 }
 FASTLOOP_INLINE Lanes louder(Lanes a, Lanes b) { return (a > b) | (a != a) ? a : b; }
 FASTLOOP_INLINE float maximum(Lanes v) {
-    float lane[kLanes], top;
+    float lane[kLanes];
     store(lane, v);
-    top = lane[0];
-    for (size_t i = 1; i < kLanes; ++i) top = (lane[i] > top) | (lane[i] != lane[i]) ? lane[i] : top;
-    return top;
+    for (size_t width = kLanes / 2; width > 0; width /= 2)
+        for (size_t i = 0; i < width; ++i) {
+            const float a = lane[i], b = lane[i + width];
+            lane[i] = (a > b) | (a != a) ? a : b;
+        }
+    return lane[0];
 }
 
 // The nearest whole number, half to even; |x| < 2^22.

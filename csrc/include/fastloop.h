@@ -123,6 +123,100 @@ typedef struct fastloop_linear_params {
 
 FASTLOOP_API fastloop_status fastloop_linear(const fastloop_linear_params* params);
 
+/* ---- a model: one call for a pass of the encoder, one for a step of the decoder ---------------------------------------
+ *
+ * Weights and vectors are borrowed: they must live as long as the model. Vectors are float32. Calls of one model follow
+ * each other. A row's result is the same to the bit whatever rows are beside it and however many threads there are. */
+typedef struct fastloop_encoder_layer {
+    const float *norm1_weight, *norm1_bias; /* [E] */
+    const fastloop_weight* qkv;             /* [3E, E] */
+    const float* qkv_bias;                  /* [3E] */
+    const fastloop_weight* out;             /* [E, E] */
+    const float* out_bias;                  /* [E] */
+    const float *norm2_weight, *norm2_bias; /* [E] */
+    const fastloop_weight* fc1;             /* [ffn, E] */
+    const float* fc1_bias;                  /* [ffn] */
+    const fastloop_weight* fc2;             /* [E, ffn] */
+    const float* fc2_bias;                  /* [E] */
+} fastloop_encoder_layer;
+
+typedef struct fastloop_encoder_params {
+    size_t struct_size;
+    size_t bins, width, heads, layers;  /* C, E, H, L */
+    const fastloop_weight* conv1;       /* [E, 3C], inputs in the order (tap, bin) */
+    const float* conv1_bias;            /* [E] */
+    const fastloop_weight* conv2;       /* [E, 3E], inputs in the order (tap, channel) */
+    const float* conv2_bias;            /* [E] */
+    const float* positions;             /* [most positions, E] */
+    size_t most_positions;
+    const fastloop_encoder_layer* layer; /* [L]; copied */
+    const float *norm_weight, *norm_bias; /* [E] */
+    const fastloop_weight* proj;          /* [D, E] */
+    const float* proj_bias;               /* [D] */
+    float norm_eps;
+    const char* isa;
+} fastloop_encoder_params;
+
+typedef struct fastloop_encoder fastloop_encoder;
+FASTLOOP_API fastloop_status fastloop_encoder_create(const fastloop_encoder_params* params, fastloop_encoder** encoder);
+FASTLOOP_API void fastloop_encoder_destroy(fastloop_encoder* encoder);
+
+typedef struct fastloop_encode_params {
+    size_t struct_size;
+    fastloop_team* team;
+    size_t chunks, frames; /* B, F: F is a multiple of 4 */
+    const float* mel;      /* [B, F, C] */
+    float* tokens;         /* [B, F / 4, D] */
+} fastloop_encode_params;
+FASTLOOP_API fastloop_status fastloop_encode(fastloop_encoder* encoder, const fastloop_encode_params* params);
+
+typedef struct fastloop_decoder_layer {
+    const float* norm1_weight;      /* [D] */
+    const fastloop_weight* qkv;     /* [(H + 2G) K, D], rows [Q | K | V] */
+    const float* qkv_bias;          /* [(H + 2G) K] */
+    const fastloop_weight* out;     /* [D, H K] */
+    const float* norm2_weight;      /* [D] */
+    const fastloop_weight* gate_up; /* [2I, D], gated */
+    const fastloop_weight* down;    /* [D, I] */
+} fastloop_decoder_layer;
+
+typedef struct fastloop_decoder_params {
+    size_t struct_size;
+    size_t width, heads, kv_heads, head_width, layers; /* D, H, G, K, L */
+    const fastloop_decoder_layer* layer;               /* [L]; copied */
+    const float* norm_weight;                          /* [D] */
+    const fastloop_weight* head;                       /* [V, D] */
+    const double* inv_freq;                            /* [K / 2]; copied */
+    float norm_eps;
+    const char* isa;
+} fastloop_decoder_params;
+
+typedef struct fastloop_decoder fastloop_decoder;
+FASTLOOP_API fastloop_status fastloop_decoder_create(const fastloop_decoder_params* params, fastloop_decoder** decoder);
+FASTLOOP_API void fastloop_decoder_destroy(fastloop_decoder* decoder);
+
+/* One ragged step: N rows of B sequences over paged keys and values; see fastloop/ops/paged_attention.py. */
+typedef struct fastloop_decode_params {
+    size_t struct_size;
+    fastloop_team* team;
+    size_t rows, sequences;     /* N, B */
+    float* x;                   /* [N, D]: embedded rows in, hidden rows (before the final norm) out */
+    const int64_t* positions;   /* [N]: RoPE positions */
+    const int64_t* slots;       /* [N]: page * Q + offset of each row's key and value; -1 stores nothing */
+    const int32_t* row_starts;  /* [B + 1] */
+    const int32_t* block_table; /* [B, M] */
+    size_t table_width;         /* M */
+    const int32_t* kv_lens;     /* [B] */
+    const int32_t* gaps;        /* [B, 2] */
+    int32_t page_format;        /* FASTLOOP_FLOAT32 or FASTLOOP_BFLOAT16 */
+    void *k_pages, *v_pages;    /* [L, P, Q, G, K] */
+    size_t pages, page_tokens;  /* P, Q */
+    size_t logit_rows;          /* T */
+    const int64_t* logit_row;   /* [T]: rows whose logits are wanted */
+    float* logits;              /* [T, V] */
+} fastloop_decode_params;
+FASTLOOP_API fastloop_status fastloop_decode(fastloop_decoder* decoder, const fastloop_decode_params* params);
+
 #ifdef __cplusplus
 }
 #endif

@@ -30,7 +30,8 @@ from . import perceive, scheduler, snapshot
 from .kv_cache import KVCache, KVSequence, pages_for
 from .memory import MemoryPlan, memory_plan, session_pages
 from .protocol import Stream
-from .runner import EagerRunner, Runner
+from .runner import Runner
+from .runners import kv_dtype, make_runner
 from .sequences import Sequences, StepItem
 from .session import Session
 from .stats import Counters
@@ -53,13 +54,13 @@ class Engine:
         self.model = model
         self.config = config or EngineConfig()
         self.counters = Counters()
-        self._dtype = model.dtype
+        self._dtype = kv_dtype(self.config, model)
         self.cache = KVCache(
             model.config, self._pool_pages(), self.config.page_tokens, self._dtype, model.device
         )
         self._decisions = DecisionState(self.config.max_sessions, model.device)
         self._mel = MelState.empty(self.config.max_sessions, device=model.device)
-        self.runner = runner or EagerRunner(model, self.cache, self._decisions, self._mel)
+        self.runner = runner or make_runner(self.config, model, self.cache, self._decisions, self._mel)
         self._sessions: dict[int, Session] = {}
         self._sequences = Sequences(self)
         self._prefixes: dict[tuple[int, ...], Prefix] = {}

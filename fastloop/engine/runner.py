@@ -111,23 +111,42 @@ class EagerRunner:
     def encode_clip(self, pcm: np.ndarray) -> Tensor:
         whole = -(-len(pcm) // (160 * FRAMES_PER_TOKEN)) * 160 * FRAMES_PER_TOKEN
         padded = np.pad(pcm, (0, whole - len(pcm)))
-        return self.model.encoder.encode_offline(log_mel(self._tensor(padded)))
+        return self._encode_offline(log_mel(self._tensor(padded)))
+
+    def _encode_offline(self, frames: Tensor) -> Tensor:
+        return self.model.encoder.encode_offline(frames)
 
     @torch.inference_mode()
     def prefill(self, ids: Sequence[int], pages: Sequence[int]) -> None:
+        batch = self._prefix_batch(ids, pages)
+        x = self.model.decoder.embed(self._tensor(batch.ids))
+        self.model.decoder.forward(x, self._rows(batch), self.cache.k_pages, self.cache.v_pages)
+
+    def _prefix_batch(self, ids: Sequence[int], pages: Sequence[int]) -> StepBatch:
+        """The rows of a prompt as a step that decides and draws nothing."""
         count, page = len(ids), self.cache.page_tokens
         index = np.arange(count)
-        rows = StepRows(
-            positions=self._tensor(index),
-            slots=self._tensor(np.asarray(pages)[index // page] * page + index % page),
-            row_starts=self._tensor(np.array([0, count], dtype=np.int32)),
-            block_table=self._tensor(np.array([pages], dtype=np.int32)),
-            kv_lens=self._tensor(np.array([count], dtype=np.int32)),
-            gaps=self._tensor(np.array([[count, count]], dtype=np.int32)),
+        none = np.empty(0, dtype=np.int64)
+        return StepBatch(
+            ids=np.asarray(ids, dtype=np.int64),
+            positions=index,
+            slots=np.asarray(pages, dtype=np.int64)[index // page] * page + index % page,
+            row_starts=np.array([0, count], dtype=np.int32),
+            block_table=np.array([pages], dtype=np.int32),
+            kv_lens=np.array([count], dtype=np.int32),
+            gaps=np.array([[count, count]], dtype=np.int32),
+            audio_rows=none,
+            audio=[],
+            decide_rows=none,
+            decide_slots=none,
+            draw_rows=none,
+            draw_phase=none,
+            temperature=np.empty(0, dtype=np.float32),
+            top_k=none,
+            top_p=np.empty(0, dtype=np.float32),
+            seed=none,
+            counter=none,
         )
-        decoder = self.model.decoder
-        x = decoder.embed(self._tensor(np.asarray(ids, dtype=np.int64)))
-        decoder.forward(x, rows, self.cache.k_pages, self.cache.v_pages)
 
     @torch.inference_mode()
     def step(self, batch: StepBatch) -> StepResult:
@@ -135,17 +154,21 @@ class EagerRunner:
         x = decoder.embed(tensor(batch.ids))
         if len(batch.audio):
             x[tensor(batch.audio_rows)] = torch.cat(list(batch.audio)).to(x.dtype)
-        rows = StepRows(
-            positions=tensor(batch.positions),
-            slots=tensor(batch.slots),
-            row_starts=tensor(batch.row_starts),
-            block_table=tensor(batch.block_table),
-            kv_lens=tensor(batch.kv_lens),
-            gaps=tensor(batch.gaps),
-        )
-        hidden = decoder.forward(x, rows, self.cache.k_pages, self.cache.v_pages)
+        hidden = decoder.forward(x, self._rows(batch), self.cache.k_pages, self.cache.v_pages)
         p, decisions = self._decide(hidden, batch)
-        return StepResult(p, decisions, self._draw(hidden, batch))
+        drawn = len(batch.draw_rows) > 0
+        logits = decoder.logits(hidden[tensor(batch.draw_rows)]) if drawn else hidden[:0]
+        return StepResult(p, decisions, self._sample(logits, batch))
+
+    def _rows(self, batch: StepBatch) -> StepRows:
+        return StepRows(
+            positions=self._tensor(batch.positions),
+            slots=self._tensor(batch.slots),
+            row_starts=self._tensor(batch.row_starts),
+            block_table=self._tensor(batch.block_table),
+            kv_lens=self._tensor(batch.kv_lens),
+            gaps=self._tensor(batch.gaps),
+        )
 
     def _decide(self, hidden: Tensor, batch: StepBatch) -> tuple[list[float], list[int]]:
         if not len(batch.decide_rows):
@@ -154,10 +177,10 @@ class EagerRunner:
         p, decisions = decide(self.model.decoder, hidden[rows], slots, self.decisions)
         return p.tolist(), decisions.tolist()
 
-    def _draw(self, hidden: Tensor, batch: StepBatch) -> list[int]:
+    def _sample(self, logits: Tensor, batch: StepBatch) -> list[int]:
+        """logits [T, V] -> ids."""
         if not len(batch.draw_rows):
             return []
-        logits = self.model.decoder.logits(hidden[self._tensor(batch.draw_rows)])
         options = (
             batch.draw_phase,
             batch.temperature,

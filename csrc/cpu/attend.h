@@ -1,0 +1,218 @@
+// The heart of both attentions: some query rows against a run of slots, tile by tile, with an online softmax.
+//
+//   score = q k scale,  m = max,  p = e^(score - m),  out = sum p v / sum p
+//
+// A tile is 64 slots. Its keys become two panels [units][32 slots], so that the scores of up to 14 rows x 32 slots are one
+// block of block.h; its values become panels [slots][32 channels], so that their weighted sums are another. Slots that no row
+// of a sequence may see can hold anything: their scores are replaced, their values are read as zeros.
+// Source: online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867), as in FlashAttention (Dao et al. 2022).
+#pragma once
+
+#include "attention.h"
+#include "block.h"
+
+namespace {
+
+using fastloop::kSlotTile;
+
+// Units are one float or two bfloat16 (Kind of block.h); Stored is what a key's element is in memory.
+template <class Kind>
+struct Stored {
+    typedef float Type;
+    static constexpr size_t kInUnit = 1;
+};
+template <>
+struct Stored<Bfloat16> {
+    typedef uint16_t Type;
+    static constexpr size_t kInUnit = 2;
+};
+
+FASTLOOP_INLINE int32_t unit_at(const float* from) {
+    int32_t bits;
+    __builtin_memcpy(&bits, from, sizeof bits);
+    return bits;
+}
+FASTLOOP_INLINE int32_t unit_of(const Float32*, const float* x) { return unit_at(x); }
+FASTLOOP_INLINE int32_t unit_of(const Bfloat16*, const float* x) {
+    return static_cast<int32_t>(static_cast<uint32_t>(bfloat16(x[1])) << 16 | bfloat16(x[0]));
+}
+
+// One tile's keys and values, gathered; NULL stands for a slot that holds nothing.
+template <class Kind>
+struct Slots {
+    const typename Stored<Kind>::Type* keys[kSlotTile];
+    const typename Stored<Kind>::Type* values[kSlotTile];
+};
+
+template <class Kind>
+struct Attend {
+    typedef typename Stored<Kind>::Type Element;
+    static constexpr size_t kInUnit = Stored<Kind>::kInUnit;
+    static constexpr size_t kTileUnits = kSlotTile / kInUnit;
+
+    size_t rows, width;     // query rows (x heads), K
+    size_t units, panels;   // of a key; of a value
+    int32_t* q;             // blocks of rows, each [units][rows]
+    unsigned char* keys;    // 2 panels [units][32]
+    unsigned char* values;  // [panels][kTileUnits][32]
+    int32_t* weights;       // blocks of rows, each [kTileUnits][rows]
+    float* sums;            // [rows][32 panels]
+    float* top;             // [rows]
+    float* total;           // [rows]
+    float* keep;            // [rows]
+
+    Attend(size_t rows, size_t width, unsigned char* scratch)
+        : rows(rows), width(width), units(width / kInUnit), panels((width + kPanel - 1) / kPanel) {
+        const size_t padded = panels * kPanel;
+        q = reinterpret_cast<int32_t*>(scratch);
+        keys = reinterpret_cast<unsigned char*>(q + rows * padded);
+        keys += (64 - reinterpret_cast<uintptr_t>(keys) % 64) % 64;
+        values = keys + kSlotTile * padded * 4;
+        weights = reinterpret_cast<int32_t*>(values + kSlotTile * padded * 4);
+        sums = reinterpret_cast<float*>(weights + rows * kSlotTile);
+        top = sums + rows * padded;
+        total = top + rows;
+        keep = total + rows;
+        for (size_t i = 0; i < rows * padded; ++i) sums[i] = 0.0f;
+        for (size_t r = 0; r < rows; ++r) {
+            top[r] = -__builtin_inff();
+            total[r] = 0.0f;
+        }
+    }
+
+    // Row `row` of the queries: x [K], scaled and packed.
+    void query(size_t row, const float* x, float scale) {
+        const fastloop::Blocks blocks(rows, kBlock);
+        size_t block = 0;
+        while (blocks.begin(block + 1) <= row) ++block;
+        const size_t begin = blocks.begin(block), count = blocks.begin(block + 1) - begin;
+        int32_t* const to = q + begin * units + (row - begin);
+        for (size_t u = 0; u < units; ++u) {
+            float scaled[kInUnit];
+            for (size_t j = 0; j < kInUnit; ++j) scaled[j] = x[u * kInUnit + j] * scale;
+            to[u * count] = unit_of(static_cast<const Kind*>(nullptr), scaled);
+        }
+    }
+
+    // Keys [slot][unit] -> [unit][slot], four by four; `count` slots, whole panels of them.
+    void place_keys(const Slots<Kind>& slots, size_t count) {
+        for (size_t s = 0; s < (count + kPanel - 1) / kPanel * kPanel; s += 4) {
+            unsigned char* const to = keys + (s / kPanel * units * kPanel + s % kPanel) * 4;
+            const float* from[4];
+            bool all = true;
+            for (size_t i = 0; i < 4; ++i) {
+                from[i] = reinterpret_cast<const float*>(slots.keys[s + i]);
+                all &= from[i] != nullptr;
+            }
+            size_t u = 0;
+            for (; all && u + 4 <= units; u += 4) {
+                Quad a = load4(from[0] + u), b = load4(from[1] + u), c = load4(from[2] + u), d = load4(from[3] + u);
+                transpose4(a, b, c, d);
+                const Quad column[4] = {a, b, c, d};
+                for (size_t j = 0; j < 4; ++j) __builtin_memcpy(to + (u + j) * kPanel * 4, &column[j], 16);
+            }
+            for (; u < units; ++u)
+                for (size_t i = 0; i < 4; ++i) {
+                    const int32_t bits = from[i] == nullptr ? 0 : unit_at(from[i] + u);
+                    __builtin_memcpy(to + (u * kPanel + i) * 4, &bits, 4);
+                }
+        }
+    }
+
+    void place_values(const Slots<Kind>& slots, size_t tile_units) {
+        for (size_t panel = 0; panel < panels; ++panel) {
+            const size_t first = panel * kPanel, count = width - first < kPanel ? width - first : kPanel;
+            for (size_t u = 0; u < tile_units; ++u) {
+                unsigned char* const to = values + (panel * kTileUnits + u) * kPanel * 4;
+                if (count < kPanel) __builtin_memset(to, 0, kPanel * 4);
+                place_unit(slots.values + u * kInUnit, first, count, to);
+            }
+        }
+    }
+
+    static void place_unit(const float* const* value, size_t first, size_t count, unsigned char* to) {
+        if (*value == nullptr) __builtin_memset(to, 0, count * 4);
+        else __builtin_memcpy(to, *value + first, count * 4);
+    }
+    static void place_unit(const uint16_t* const* value, size_t first, size_t count, unsigned char* to) {
+        static const uint16_t kNone[kPanel] = {};
+        const uint16_t* const a = value[0] == nullptr ? kNone : value[0] + first;
+        const uint16_t* const b = value[1] == nullptr ? kNone : value[1] + first;
+        uint32_t both[kPanel];
+        for (size_t c = 0; c < count; ++c) both[c] = static_cast<uint32_t>(b[c]) << 16 | a[c];
+        __builtin_memcpy(to, both, count * 4);
+    }
+
+    // One tile of `count` slots; hide(row, scores [64]) puts -inf where the row may not look, behind `count` too.
+    template <class Hide>
+    void tile(const Slots<Kind>& slots, size_t count, Hide&& hide) {
+        place_keys(slots, count);
+        place_values(slots, (count + kInUnit - 1) / kInUnit);
+        const fastloop::Blocks blocks(rows, kBlock);
+        for (size_t block = 0; block < blocks.count; ++block) {
+            const size_t begin = blocks.begin(block);
+            choose<kBlock>(blocks.begin(block + 1) - begin, begin, count, hide);
+        }
+    }
+
+    template <size_t R, class Hide>
+    void choose(size_t rows_here, size_t begin, size_t count, Hide& hide) {
+        if (rows_here == R) rows_of<R>(begin, count, hide);
+        else if constexpr (R > 1) choose<R - 1>(rows_here, begin, count, hide);
+    }
+
+    template <size_t R, class Hide>
+    void rows_of(size_t begin, size_t count, Hide& hide) {
+        alignas(64) float scores[R * kSlotTile];
+        const size_t tile_units = (count + kInUnit - 1) / kInUnit;
+        for (size_t half = 0; half < (count + kPanel - 1) / kPanel; ++half) {
+            Block<Kind, R> block;
+            sum_block<Kind, R>(block, keys + half * units * kPanel * 4, q + begin * units, units);
+            block.put(scores + half * kPanel, kSlotTile);
+        }
+        int32_t* const packed = weights + begin * kTileUnits;
+        for (size_t r = 0; r < R; ++r) {
+            hide(begin + r, scores + r * kSlotTile);
+            soften(begin + r, scores + r * kSlotTile);
+            for (size_t u = 0; u < tile_units; ++u)
+                packed[u * R + r] = unit_of(static_cast<const Kind*>(nullptr), scores + r * kSlotTile + u * kInUnit);
+        }
+        for (size_t panel = 0; panel < panels; ++panel) {
+            Block<Kind, R> block;
+            sum_block<Kind, R>(block, values + panel * kTileUnits * kPanel * 4, packed, tile_units);
+            block.fold(sums + begin * panels * kPanel + panel * kPanel, panels * kPanel, keep + begin);
+        }
+    }
+
+    // Scores of one row -> weights; its maximum and total move on.
+    void soften(size_t row, float* score) {
+        Lanes loudest = load(score);
+        for (size_t s = kLanes; s < kSlotTile; s += kLanes) loudest = louder(loudest, load(score + s));
+        const float here = maximum(loudest), before = top[row];
+        const float now = (here > before) | (here != here) ? here : before;
+        if (now == -__builtin_inff()) {  // nothing to see yet
+            for (size_t s = 0; s < kSlotTile; ++s) score[s] = 0.0f;
+            keep[row] = 1.0f;
+            return;
+        }
+        Lanes added = {};
+        for (size_t s = 0; s < kSlotTile; s += kLanes) {
+            const Lanes p = exp(load(score + s) - now);
+            store(score + s, p);
+            added += p;
+        }
+        float factor[kLanes];
+        store(factor, exp(splat(before - now)));
+        keep[row] = factor[0];
+        total[row] = total[row] * factor[0] + sum(added);
+        top[row] = now;
+    }
+
+    // out [K] of a row whose slots were all seen.
+    void result(size_t row, float* out) const {
+        const float inverse = 1.0f / total[row];
+        for (size_t i = 0; i < width; ++i) out[i] = sums[row * panels * kPanel + i] * inverse;
+    }
+};
+
+}  // namespace

@@ -1,0 +1,306 @@
+// One ragged step of the language model: rows of many sequences -> hidden rows, and logits (fastloop/decoder.py is its
+// readable twin).
+//
+//   x -> layers (RMSNorm, qkv, RoPE + append, paged attention, out, RMSNorm, gate and up, down) -> RMSNorm -> head
+#include <cmath>
+#include <cstring>
+#include <mutex>
+#include <vector>
+
+#include "attention.h"
+#include "stage.h"
+#include "status.h"
+
+using namespace fastloop;
+
+namespace {
+
+constexpr const char* kWhere = "decoder";
+
+// The jobs of every layer's attention, and the rows whose context has several spans.
+struct AttentionPlan {
+    struct Merge {
+        size_t row, spans;
+        size_t part;         // index of its first part: [spans][groups]
+        size_t row_in_part;
+    };
+    std::vector<AttentionJob> jobs;
+    std::vector<Merge> merges;
+    std::vector<size_t> parts;  // where each begins, in floats
+    size_t part_floats = 0;
+    size_t most_rows = 0;  // query rows x heads of the largest job
+};
+
+struct Buffers {
+    float *turn, *qkv, *q, *attended, *wide, *parts;
+    unsigned char *packed, *scratch;
+    size_t scratch_each;
+};
+
+}  // namespace
+
+struct fastloop_decoder {
+    fastloop_decoder_params p;
+    std::vector<fastloop_decoder_layer> layers;
+    std::vector<double> inv_freq;
+    Isa isa;
+    std::mutex one_call;
+    Buffer memory;
+    AttentionPlan plan;
+
+    const Weight& weight(const fastloop_weight* w) const { return w->own.weight; }
+    size_t ffn() const { return layers.empty() ? 0 : weight(layers[0].down).in; }
+    size_t attended() const { return p.heads * p.head_width; }
+    size_t qkv_rows() const { return (p.heads + 2 * p.kv_heads) * p.head_width; }
+    void cut(const fastloop_decode_params& c);
+    void cut_run(const fastloop_decode_params& c, size_t b, size_t row, size_t rows, size_t own);
+    Buffers place(const fastloop_decode_params& c, size_t threads);
+    void angles(Stage& s, const fastloop_decode_params& c, const Buffers& b) const;
+    void attention(Stage& s, size_t layer, const fastloop_decode_params& c, const Buffers& b) const;
+    void layer(Stage& s, size_t layer, const fastloop_decode_params& c, const Buffers& b) const;
+    void logits(Stage& s, const fastloop_decode_params& c, const Buffers& b) const;
+};
+
+// Queries in runs, KV heads, spans of slots: from each sequence alone.
+void fastloop_decoder::cut(const fastloop_decode_params& c) {
+    const size_t run = std::max<size_t>(1, kJobRows / (p.heads / p.kv_heads));
+    plan = {};
+    for (size_t b = 0; b < c.sequences; ++b) {
+        const size_t begin = static_cast<size_t>(c.row_starts[b]), end = static_cast<size_t>(c.row_starts[b + 1]);
+        const size_t start = static_cast<size_t>(c.kv_lens[b]) - (end - begin);
+        for (size_t row = begin; row < end; row += run)
+            cut_run(c, b, row, std::min(run, end - row), start + (row - begin));
+    }
+    // The longest jobs first: what is left at the end is short.
+    std::stable_sort(plan.jobs.begin(), plan.jobs.end(), [](const AttentionJob& a, const AttentionJob& b) {
+        return a.rows * (a.last_slot - a.first_slot) > b.rows * (b.last_slot - b.first_slot);
+    });
+}
+
+void fastloop_decoder::cut_run(const fastloop_decode_params& c, size_t b, size_t row, size_t rows, size_t own) {
+    const size_t repeat = p.heads / p.kv_heads, last = own + rows, spans = (last + kSpan - 1) / kSpan;
+    const size_t first_part = plan.parts.size();
+    for (size_t span = 0; span < spans; ++span)
+        for (size_t g = 0; g < p.kv_heads; ++g) {
+            ptrdiff_t part = -1;
+            if (spans > 1) {
+                part = static_cast<ptrdiff_t>(plan.part_floats);
+                plan.parts.push_back(plan.part_floats);
+                plan.part_floats += rows * repeat * (2 + p.head_width);
+            }
+            plan.jobs.push_back({row, rows, g, span * kSpan, std::min(last, (span + 1) * kSpan), own,
+                                 static_cast<size_t>(c.gaps[2 * b]), static_cast<size_t>(c.gaps[2 * b + 1]),
+                                 c.block_table + b * c.table_width, part});
+        }
+    for (size_t r = 0; spans > 1 && r < rows; ++r) plan.merges.push_back({row + r, spans, first_part, r});
+    plan.most_rows = std::max(plan.most_rows, rows * repeat);
+}
+
+Buffers fastloop_decoder::place(const fastloop_decode_params& c, size_t threads) {
+    const size_t n = c.rows;
+    Buffers b{};
+    const auto lay_out = [&](unsigned char* base) {
+        Arena arena(base);
+        b.turn = arena.take<float>(n * p.head_width);
+        b.qkv = arena.take<float>(n * qkv_rows());
+        b.q = arena.take<float>(n * attended());
+        b.attended = arena.take<float>(n * attended());
+        b.wide = arena.take<float>(n * ffn());
+        b.parts = arena.take<float>(plan.part_floats);
+        size_t packed = rows_scratch(weight(p.head), c.logit_rows);
+        for (const fastloop_decoder_layer& l : layers)
+            for (const fastloop_weight* w : {l.qkv, l.out, l.gate_up, l.down})
+                packed = std::max(packed, rows_scratch(weight(w), n));
+        b.packed = arena.take<unsigned char>(packed);
+        const size_t attention = attention_scratch(plan.most_rows, p.head_width);
+        b.scratch_each = Arena::padded(std::max(attention, p.width * sizeof(float)));
+        b.scratch = arena.take<unsigned char>(b.scratch_each * threads);
+        return arena.used();
+    };
+    memory.reserve(lay_out(nullptr));
+    lay_out(memory.as<unsigned char>());
+    return b;
+}
+
+// (cos, sin) of every row, once for all layers; in float64: at hour-long positions a float32 angle is 0.01 rad off.
+void fastloop_decoder::angles(Stage& s, const fastloop_decode_params& c, const Buffers& b) const {
+    const size_t half = p.head_width / 2;
+    s.crew.each(c.rows, [&](size_t row) {
+        float* const turn = b.turn + row * p.head_width;
+        for (size_t i = 0; i < half; ++i) {
+            const double angle = static_cast<double>(c.positions[row]) * inv_freq[i];
+            turn[2 * i] = static_cast<float>(std::cos(angle));
+            turn[2 * i + 1] = static_cast<float>(std::sin(angle));
+        }
+    });
+}
+
+void fastloop_decoder::attention(Stage& s, size_t layer, const fastloop_decode_params& c, const Buffers& b) const {
+    const size_t element = c.page_format == FASTLOOP_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
+    const size_t pool = layer * c.pages * c.page_tokens * p.kv_heads * p.head_width * element;
+    const Pages pages{c.page_format, static_cast<char*>(c.k_pages) + pool, static_cast<char*>(c.v_pages) + pool,
+                      c.page_tokens, p.kv_heads, p.head_width};
+    s.crew.each(c.rows, [&](size_t row) {
+        FASTLOOP_KERNEL(s.isa, rope_append)
+        (b.qkv + row * qkv_rows(), layers[layer].qkv_bias, b.turn + row * p.head_width, c.slots[row], p.heads, pages,
+         b.q + row * attended());
+    });
+    const PagedAttention call{b.q, p.heads, pages, b.attended, b.parts};
+    s.crew.each(plan.jobs.size(), [&](size_t i) { FASTLOOP_KERNEL(s.isa, paged_attention)(call, plan.jobs[i], s.scratch); });
+    if (plan.merges.empty()) return;
+    s.crew.each(plan.merges.size(), [&](size_t i) {
+        const AttentionPlan::Merge& m = plan.merges[i];
+        FASTLOOP_KERNEL(s.isa, merge_attention)
+        (call, plan.parts.data() + m.part, m.spans, m.row_in_part, b.attended + m.row * attended());
+    });
+}
+
+void fastloop_decoder::layer(Stage& s, size_t layer, const fastloop_decode_params& c, const Buffers& b) const {
+    const fastloop_decoder_layer& l = layers[layer];
+    const size_t d = p.width;
+    const auto normed = [&](const float* weight) {
+        return [&, weight](size_t row, float* scratch) {
+            FASTLOOP_KERNEL(s.isa, rms_norm)(c.x + row * d, weight, d, p.norm_eps, scratch);
+            return scratch;
+        };
+    };
+    Rows packed = rows_in(weight(l.qkv), c.rows, b.packed);
+    pack_rows(s, weight(l.qkv), packed, normed(l.norm1_weight));
+    multiply(s, weight(l.qkv), packed, {nullptr, FASTLOOP_NONE, nullptr, 0, b.qkv, qkv_rows()});
+    attention(s, layer, c, b);
+    packed = rows_in(weight(l.out), c.rows, b.packed);
+    pack_rows(s, weight(l.out), packed, [&](size_t row, float*) { return b.attended + row * attended(); });
+    multiply(s, weight(l.out), packed, {nullptr, FASTLOOP_NONE, c.x, d, c.x, d});
+    packed = rows_in(weight(l.gate_up), c.rows, b.packed);
+    pack_rows(s, weight(l.gate_up), packed, normed(l.norm2_weight));
+    multiply(s, weight(l.gate_up), packed, {nullptr, FASTLOOP_NONE, nullptr, 0, b.wide, ffn()});
+    packed = rows_in(weight(l.down), c.rows, b.packed);
+    pack_rows(s, weight(l.down), packed, [&](size_t row, float*) { return b.wide + row * ffn(); });
+    multiply(s, weight(l.down), packed, {nullptr, FASTLOOP_NONE, c.x, d, c.x, d});
+}
+
+void fastloop_decoder::logits(Stage& s, const fastloop_decode_params& c, const Buffers& b) const {
+    const Weight& head = weight(p.head);
+    const Rows packed = rows_in(head, c.logit_rows, b.packed);
+    pack_rows(s, head, packed, [&](size_t row, float* scratch) {
+        const size_t from = static_cast<size_t>(c.logit_row[row]);
+        FASTLOOP_KERNEL(s.isa, rms_norm)(c.x + from * p.width, p.norm_weight, p.width, p.norm_eps, scratch);
+        return scratch;
+    });
+    multiply(s, head, packed, {nullptr, FASTLOOP_NONE, nullptr, 0, c.logits, head.out});
+}
+
+namespace {
+
+void shape(const char* name, const fastloop_weight* w, size_t out, size_t in, bool gated) {
+    need(kWhere, name, w);
+    const Weight& own = w->own.weight;
+    if (own.out != out || own.in != in || own.gated != gated)
+        fail(FASTLOOP_BAD_ARGUMENT, "decoder: %s is [%zu, %zu]%s, must be [%zu, %zu]%s", name, own.out, own.in,
+             own.gated ? " gated" : "", out, in, gated ? " gated" : "");
+}
+
+void check_decoder(const fastloop_decoder_params& p) {
+    if (p.heads < 1 || p.kv_heads < 1 || p.heads % p.kv_heads || p.head_width < 2 || p.head_width % 2 ||
+        p.head_width > 1024 || p.width < 1 || p.layers < 1)
+        fail(FASTLOOP_BAD_ARGUMENT, "decoder: width %zu, heads %zu, kv_heads %zu, head_width %zu, layers %zu do not go together",
+             p.width, p.heads, p.kv_heads, p.head_width, p.layers);
+    need(kWhere, "head", p.head);
+    shape("head", p.head, p.head->own.weight.out, p.width, false);
+    need(kWhere, "norm_weight", p.norm_weight);
+    need(kWhere, "inv_freq", p.inv_freq);
+    need(kWhere, "layer", p.layer);
+    for (size_t i = 0; i < p.layers; ++i) {
+        const fastloop_decoder_layer& l = p.layer[i];
+        need(kWhere, "down", l.down);
+        const size_t ffn = p.layer[0].down->own.weight.in;
+        shape("qkv", l.qkv, (p.heads + 2 * p.kv_heads) * p.head_width, p.width, false);
+        shape("out", l.out, p.width, p.heads * p.head_width, false);
+        shape("gate_up", l.gate_up, 2 * ffn, p.width, true);
+        shape("down", l.down, p.width, ffn, false);
+        need(kWhere, "norm1_weight", l.norm1_weight);
+        need(kWhere, "norm2_weight", l.norm2_weight);
+    }
+}
+
+void check_sequence(const fastloop_decode_params& c, size_t b) {
+    const int64_t begin = c.row_starts[b], end = c.row_starts[b + 1], length = c.kv_lens[b];
+    const int64_t room = static_cast<int64_t>(c.table_width * c.page_tokens);
+    if (begin < 0 || end < begin || end > static_cast<int64_t>(c.rows) || length < end - begin || length > room)
+        fail(FASTLOOP_BAD_ARGUMENT, "decoder: sequence %zu has rows [%lld, %lld) of %zu and %lld of %lld slots", b,
+             static_cast<long long>(begin), static_cast<long long>(end), c.rows, static_cast<long long>(length),
+             static_cast<long long>(room));
+    if (c.gaps[2 * b] < 0 || c.gaps[2 * b + 1] < c.gaps[2 * b])
+        fail(FASTLOOP_BAD_ARGUMENT, "decoder: the gap of sequence %zu is [%d, %d)", b, c.gaps[2 * b], c.gaps[2 * b + 1]);
+    const size_t used = (static_cast<size_t>(length) + c.page_tokens - 1) / c.page_tokens;
+    for (size_t i = 0; i < used; ++i) {
+        const int32_t page = c.block_table[b * c.table_width + i];
+        if (page < 0 || static_cast<size_t>(page) >= c.pages)
+            fail(FASTLOOP_BAD_ARGUMENT, "decoder: page %zu of sequence %zu is %d, the pool has %zu", i, b, page, c.pages);
+    }
+}
+
+void check_step(const fastloop_decode_params& c) {
+    need(kWhere, "team", c.team);
+    if (c.rows == 0) return;
+    const struct {
+        const char* name;
+        const void* pointer;
+    } arrays[] = {{"x", c.x}, {"positions", c.positions}, {"slots", c.slots}, {"row_starts", c.row_starts},
+                  {"block_table", c.block_table}, {"kv_lens", c.kv_lens}, {"gaps", c.gaps}, {"k_pages", c.k_pages},
+                  {"v_pages", c.v_pages}};
+    for (const auto& each : arrays) need(kWhere, each.name, each.pointer);
+    if (c.page_format != FASTLOOP_FLOAT32 && c.page_format != FASTLOOP_BFLOAT16)
+        fail(FASTLOOP_BAD_ARGUMENT, "decoder: page_format is %d; pages are float32 or bfloat16", c.page_format);
+    if (c.sequences < 1 || c.page_tokens < 1 || c.row_starts[0] != 0 ||
+        c.row_starts[c.sequences] != static_cast<int64_t>(c.rows))
+        fail(FASTLOOP_BAD_ARGUMENT, "decoder: row_starts must go from 0 to the %zu rows", c.rows);
+    const int64_t slots = static_cast<int64_t>(c.pages * c.page_tokens);
+    for (size_t row = 0; row < c.rows; ++row)
+        if (c.slots[row] < -1 || c.slots[row] >= slots)
+            fail(FASTLOOP_BAD_ARGUMENT, "decoder: slot of row %zu is %lld, the pool has %lld", row,
+                 static_cast<long long>(c.slots[row]), static_cast<long long>(slots));
+    for (size_t b = 0; b < c.sequences; ++b) check_sequence(c, b);
+    for (size_t i = 0; i < c.logit_rows; ++i)
+        if (c.logit_row == nullptr || c.logits == nullptr || c.logit_row[i] < 0 ||
+            static_cast<size_t>(c.logit_row[i]) >= c.rows)
+            fail(FASTLOOP_BAD_ARGUMENT, "decoder: logit_row and logits are wanted, and rows below %zu", c.rows);
+}
+
+}  // namespace
+
+extern "C" fastloop_status fastloop_decoder_create(const fastloop_decoder_params* params, fastloop_decoder** decoder) {
+    return guarded(kWhere, [&] {
+        need(kWhere, "decoder", decoder);
+        *decoder = nullptr;
+        const fastloop_decoder_params p = adopt(kWhere, params);
+        check_decoder(p);
+        auto made = std::make_unique<fastloop_decoder>();
+        made->p = p;
+        made->layers.assign(p.layer, p.layer + p.layers);
+        made->inv_freq.assign(p.inv_freq, p.inv_freq + p.head_width / 2);
+        made->isa = choose_isa(kWhere, p.isa);
+        *decoder = made.release();
+    });
+}
+
+extern "C" void fastloop_decoder_destroy(fastloop_decoder* decoder) { delete decoder; }
+
+extern "C" fastloop_status fastloop_decode(fastloop_decoder* decoder, const fastloop_decode_params* params) {
+    return guarded(kWhere, [&] {
+        need(kWhere, "decoder", decoder);
+        const fastloop_decode_params c = adopt(kWhere, params);
+        check_step(c);
+        if (c.rows == 0) return;
+        const std::lock_guard<std::mutex> one(decoder->one_call);
+        Team& team = c.team->team;
+        decoder->cut(c);
+        const Buffers b = decoder->place(c, team.size());
+        run(team, c.team->claims, [&](Crew& crew) {
+            Stage s{crew, decoder->isa, team.size(), b.scratch + crew.thread * b.scratch_each};
+            decoder->angles(s, c, b);
+            for (size_t layer = 0; layer < decoder->layers.size(); ++layer) decoder->layer(s, layer, c, b);
+            if (c.logit_rows > 0) decoder->logits(s, c, b);
+        });
+    });
+}

@@ -1,0 +1,47 @@
+"""Which runner an engine gets, and the dtype of its KV pages: from its configuration and its model."""
+
+from __future__ import annotations
+
+import torch
+
+from ..checkpoint import Model
+from ..config import ConfigError
+from ..decision import DecisionState
+from ..mel import MelState
+from ..ops.dispatch import forced_backends
+from ..ops.native import native, reason
+from ..options import EngineConfig
+from .kv_cache import KVCache
+from .native_runner import PAGE_FORMATS, NativeRunner, native_precision
+from .runner import EagerRunner, Runner
+
+
+def is_native(config: EngineConfig, model: Model) -> bool:
+    """Whether the native runner serves this engine; ConfigError where it is asked for and cannot.
+
+    FASTLOOP_BACKEND forces implementations of single ops, so with it "auto" means the eager runner.
+    """
+    wanted = config.runner == "native" or config.precision != "auto"
+    possible = native is not None and model.device.type == "cpu"
+    if wanted and not possible:
+        why = reason if native is None else f"the model is on {model.device}"
+        raise ConfigError(f"EngineConfig.runner: the native runner cannot serve this engine: {why}")
+    return wanted or (config.runner == "auto" and possible and not forced_backends())
+
+
+def kv_dtype(config: EngineConfig, model: Model) -> torch.dtype:
+    """The model's dtype; natively bfloat16 pages wherever the weights are less than float32."""
+    if not is_native(config, model):
+        return model.dtype
+    if native_precision(config.precision, model.dtype) != "float32":
+        return torch.bfloat16
+    return model.dtype if model.dtype in PAGE_FORMATS else torch.float32
+
+
+def make_runner(
+    config: EngineConfig, model: Model, cache: KVCache, decisions: DecisionState, mel: MelState
+) -> Runner:
+    """The runner of an engine."""
+    if not is_native(config, model):
+        return EagerRunner(model, cache, decisions, mel)
+    return NativeRunner(model, cache, decisions, mel, config.precision, config.threads)

@@ -1,0 +1,64 @@
+"""Quantised weights: int8 with a scale per output channel, int4 with a scale per channel and group of inputs.
+
+    w [O, D] -> int8   q [O, D] in -127..127,            scale float32 [O]            w ~ q scale
+             -> int4   q [O, D] in -8..7, two in a byte, scale bfloat16 [O, D / group]
+
+Symmetric, round to nearest. Activations are rounded to int8 row by row inside the kernels. Sources:
+LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339) for the row-wise scales; group-wise int4 as in GPTQ
+(Frantar et al. 2022, arXiv 2210.17323) and llama.cpp's Q4_0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+GROUPS = (32, 64)
+SEARCHED = torch.linspace(0.85, 1.0, 6)  # factors of the plain int4 scale that are tried
+
+
+def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [O, D], any float -> q int8 [O, D], scale float32 [O]; a channel of zeros has scale 0."""
+    wide = weight.float()
+    scale = wide.abs().amax(1) / 127
+    q = (wide / scale.clamp(min=1e-30)[:, None]).round().clamp(-127, 127)
+    return q.to(torch.int8), scale
+
+
+def dequantise_int8(q: Tensor, scale: Tensor) -> Tensor:
+    """The weights that (q, scale) stand for, float32 [O, D]."""
+    return q.float() * scale[:, None]
+
+
+def quantise_int4(weight: Tensor, group: int = 32) -> tuple[Tensor, Tensor]:
+    """weight [O, D], D a multiple of `group` -> packed uint8 [O, D / 2], scale bfloat16 [O, D / group].
+
+    Input 2 i is the low nibble of byte i, input 2 i + 1 the high one, each q + 8. Of the scales tried for a
+    group the one of least squared error is taken; the extreme of a group becomes -8.
+    """
+    outputs, inputs = weight.shape
+    if group not in GROUPS or inputs % group:
+        raise ValueError(
+            f"quantise_int4: {inputs} inputs in groups of {group}; choose one of {GROUPS} that divides them"
+        )
+    parts = weight.float().view(outputs, inputs // group, group)
+    extreme = parts.gather(2, parts.abs().argmax(2, keepdim=True))
+    best_q, best_scale = torch.empty_like(parts), torch.empty_like(extreme)
+    least = torch.full_like(extreme, float("inf"))
+    for factor in SEARCHED.tolist():
+        scale = (extreme / -8 * factor).bfloat16().float()
+        safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+        q = (parts / safe).round().clamp(-8, 7)
+        error = (q * scale - parts).square().sum(2, keepdim=True)
+        better = error < least
+        best_q, best_scale = torch.where(better, q, best_q), torch.where(better, scale, best_scale)
+        least = torch.where(better, error, least)
+    nibbles = (best_q + 8).to(torch.uint8).view(outputs, inputs)
+    return nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), best_scale[..., 0].bfloat16()
+
+
+def dequantise_int4(packed: Tensor, scale: Tensor) -> Tensor:
+    """The weights that (packed, scale) stand for, float32 [O, D]."""
+    outputs, groups = scale.shape
+    nibbles = torch.stack((packed & 15, packed >> 4), dim=2).view(outputs, groups, -1)
+    return ((nibbles.float() - 8) * scale.float()[..., None]).view(outputs, -1)
