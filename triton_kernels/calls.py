@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..config import published_3b
+from .block_attention import block_attention_triton
 from .layer_norm import layer_norm_triton
 from .linear import linear_quantized_triton, linear_triton
 from .rms_norm import rms_norm_triton
@@ -118,5 +119,10 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
         "a listening step": lambda: _rope_append(13),
         "many rows": lambda: _rope_append(208),
         "float32": lambda: _rope_append(13, F32),
+    },
+    "block_attention": {
+        "a chunk": lambda: block_attention_triton(_empty(1, 20, 3 * E), MODEL.encoder.heads),
+        "a block of offline mode": lambda: block_attention_triton(_empty(1, 100, 3 * E), MODEL.encoder.heads),
+        "float32": lambda: block_attention_triton(_empty(1, 20, 3 * E, dtype=F32), MODEL.encoder.heads),
     },
 }
