@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from .clips import DataError
+from .scripts import SCRIPTS
 
 QUESTIONS = ("", "history")
 
@@ -22,7 +23,7 @@ class SubTask:
 
     families: weight of each family of sounds (sounds.yaml).  events, passing: at least, at most (events per
     25.6 s).  seconds: shortest and longest stream.  context: the scenario's rules apply.
-    question: "history" asks about the stream at its end.
+    script: what is said in the stream (scripts.py).  question: "history" asks about the stream at its end.
     """
 
     name: str
@@ -35,6 +36,7 @@ class SubTask:
     passing: tuple[int, int] = (0, 3)
     seconds: tuple[float, float] = (20.0, 40.0)
     context: bool = False
+    script: str = ""
     question: str = ""
 
     @property
@@ -61,6 +63,8 @@ def _sub_task(name: str, ability: str, row: dict[str, Any]) -> SubTask:
         raise DataError(f"abilities.yaml: {name}: unknown fields {unknown}")
     if row.get("question", "") not in QUESTIONS:
         raise DataError(f"abilities.yaml: {name}: question {row['question']!r} is none of {QUESTIONS}")
+    if row.get("script", "") not in ("", *SCRIPTS):
+        raise DataError(f"abilities.yaml: {name}: there is no script {row['script']!r}")
     values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in row.items()}
     return SubTask(name, ability, **values)
 

@@ -1,38 +1,50 @@
 """Build a corpus: shards of streams, in parallel, resumable shard by shard, the same bytes every time.
 
 Shard k of a build holds streams k * STRIDE, k * STRIDE + 1, ... of the collection `seed` until it is
-`shard_s` long: which worker makes it, and when, does not matter.
+`shard_s` long: which worker makes it, and when, does not matter. Workers are processes of this machine or
+tasks of Ray Data.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import hashlib
 import json
 import math
 import multiprocessing
 import os
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from .abilities import sub_task, sub_tasks
 from .clips import DataError
-from .compose import Composed, Mix, stream
+from .compose import Composed
 from .corpus import write_shard
-from .planner import GrammarPlanner, read_scenarios
+from .grammar import read_scenarios
+from .llm import LlmPlanner
+from .planner import GrammarPlanner, Planner, RandomPlanner
 from .sounds import Library
+from .streams import Mix, chosen_tasks, stream
 
 STRIDE = 100_000  # more streams than a shard can hold
+PLANNERS = ("grammar", "random", "llm")
 
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What a corpus is a function of, together with the clips and the versions of the libraries."""
+    """What a corpus is a function of, together with the clips and the versions of the libraries.
+
+    tasks: as streams.chosen_tasks takes them.  seconds: length of every stream; None: drawn.
+    planner: grammar, random (no event selection) or llm, which needs llm_url and llm_model and keeps its
+    answers in the folder llm_kept.
+    """
 
     manifest: str
-    split: str
+    split: str = "train"
     seed: int = 0
     hours: float = 1.0
     shard_s: float = 600.0
@@ -40,16 +52,25 @@ class BuildConfig:
     tasks: tuple[str, ...] = ()
     scenarios: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    tfjp: bool = True
+    planner: str = "grammar"
+    llm_url: str = ""
+    llm_model: str = ""
+    llm_kept: str = ""
 
     def __post_init__(self) -> None:
         if not 0 < self.hours < 1e6:
             raise DataError(f"hours must be positive, got {self.hours}")
         if not 1 <= self.shard_s <= 86_400:
             raise DataError(f"a shard must be 1 s to a day long, got {self.shard_s} s")
-        if self.seconds is not None and not 4 <= self.seconds <= 3600:
-            raise DataError(f"a stream must be 4 s to an hour long, got {self.seconds} s")
+        if self.seconds is not None and not 8 <= self.seconds <= 3600:
+            raise DataError(f"a stream must be 8 s to an hour long, got {self.seconds} s")
         if self.seed < 0:
             raise DataError(f"the seed must not be negative, got {self.seed}")
+        if self.planner not in PLANNERS:
+            raise DataError(f"planner {self.planner!r} is none of {', '.join(PLANNERS)}")
+        if self.planner == "llm" and not (self.llm_url and self.llm_model):
+            raise DataError("planner llm needs the address of an endpoint and the name of a model")
 
     @property
     def shards(self) -> int:
@@ -61,13 +82,23 @@ class BuildConfig:
 
 @dataclass
 class Built:
-    """What a build did: shards made and found, streams and seconds made, clips that could not be read."""
+    """What a build did: shards made and found, streams and seconds made, clips that could not be read, and
+    streams that were thrown away, by kind of problem.
+    """
 
     made: int = 0
     found: int = 0
     streams: int = 0
     seconds: float = 0.0
     unreadable: dict[str, str] = field(default_factory=dict)
+    rejected: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Built) -> None:
+        self.made += other.made
+        self.streams += other.streams
+        self.seconds += other.seconds
+        self.unreadable |= other.unreadable
+        self.rejected += other.rejected
 
 
 class Workshop:
@@ -75,13 +106,18 @@ class Workshop:
 
     def __init__(self, config: BuildConfig) -> None:
         self.config = config
-        self.library = Library.open(config.manifest, config.split)
+        library = Library.open(config.manifest, config.split)
         scenarios = read_scenarios([Path(p) for p in config.scenarios])
-        tasks = tuple(sub_task(name) for name in config.tasks)
-        self.mix = Mix(
-            tasks or tuple(task for task in sub_tasks().values() if task.weight > 0),
-            GrammarPlanner(scenarios, self.library, frozenset(config.exclude)),
-        )
+        exclude = frozenset(config.exclude)
+        planner: Planner = GrammarPlanner(scenarios, library, exclude)
+        if config.planner == "random":
+            planner = RandomPlanner(library, exclude)
+        elif config.planner == "llm":
+            kept = Path(config.llm_kept) if config.llm_kept else None
+            planner = LlmPlanner(
+                GrammarPlanner(scenarios, library, exclude), config.llm_url, config.llm_model, kept
+            )
+        self.mix = Mix(library, chosen_tasks(config.tasks), planner, config.tfjp)
 
     def streams(self, number: int) -> Iterator[Composed]:
         """The streams of shard `number`; the last shard ends where the hours are full."""
@@ -89,46 +125,47 @@ class Workshop:
         wanted = min(config.shard_s, config.hours * 3600 - number * config.shard_s)
         total, index = 0.0, number * STRIDE
         while total < wanted - 1e-6:
-            made = stream(config.seed, index, self.library, self.mix, config.seconds)
+            made = stream(config.seed, index, self.mix, config.seconds)
             yield made
             total, index = total + made.record["duration_s"], index + 1
 
     def make(self, number: int, out: Path) -> Built:
         """Write one shard."""
-        seconds = 0.0
+        built, before = Built(made=1), Counter(self.mix.rejected)
 
         def counted() -> Iterator[Composed]:
-            nonlocal seconds
             for made in self.streams(number):
-                seconds += made.record["duration_s"]
+                built.streams += 1
+                built.seconds += made.record["duration_s"]
                 yield made
 
         try:
-            streams = write_shard(out / self.config.shard_name(number), counted())
+            write_shard(out / self.config.shard_name(number), counted())
         except OSError as error:
             raise DataError(
                 f"{out}: shard {number} could not be written: {error}; finished shards are kept, run the "
                 "same command again to go on"
             ) from error
-        return Built(1, 0, streams, seconds, dict(self.library.cache.unreadable))
+        built.unreadable = dict(self.mix.library.unreadable)
+        built.rejected = self.mix.rejected - before
+        return built
 
 
-_workshop: Workshop | None = None  # of a worker process
+@functools.lru_cache(maxsize=1)
+def _workshop(config: BuildConfig) -> Workshop:
+    """The workshop of this process."""
+    return Workshop(config)
 
 
-def _start(config: BuildConfig) -> None:
-    global _workshop
-    _workshop = Workshop(config)
-
-
-def _make(number: int, out: Path) -> Built:
-    assert _workshop is not None
-    return _workshop.make(number, out)
+def make_shard(config: BuildConfig, number: int, out: Path) -> Built:
+    """Write shard `number` of a build; for worker processes."""
+    return _workshop(config).make(number, out)
 
 
 def fingerprint(config: BuildConfig) -> str:
-    """A hash of everything that decides the bytes: settings, manifest, scenarios."""
-    digest = hashlib.sha256(json.dumps({**asdict(config), "manifest": ""}, sort_keys=True).encode())
+    """A hash of all that decides the bytes: settings, manifest, scenarios; not where they lie."""
+    settings = asdict(config) | {"manifest": "", "scenarios": "", "llm_url": "", "llm_kept": ""}
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in (config.manifest, *config.scenarios):
         try:
             digest.update(Path(path).read_bytes())
@@ -162,26 +199,34 @@ def _claim(config: BuildConfig, out: Path) -> None:
 
 
 def build(
-    config: BuildConfig, out: Path, workers: int = 0, progress: Callable[[Built, int], None] | None = None
+    config: BuildConfig,
+    out: Path,
+    workers: int = 0,
+    ray: bool = False,
+    progress: Callable[[Built, int], None] | None = None,
 ) -> Built:
-    """Make the shards that `out` lacks, with `workers` processes (0: in this one).
+    """Make the shards that `out` lacks, with `workers` processes (0: in this one), or with Ray Data.
 
-    progress: called with the totals so far and the number of shards after each one. DataError where
+    progress: called after each shard with the totals so far and the number of shards. DataError where
     anything is wrong; shards that were finished stay, and the next call goes on after them.
     """
-    workshop = Workshop(config)  # here too: settings that are wrong fail before any process starts
+    Workshop(config)  # settings that are wrong fail before any process starts
     _claim(config, out)
     missing = [n for n in range(config.shards) if not (out / config.shard_name(n)).exists()]
     total = Built(found=config.shards - len(missing))
-    here = (workshop.make(number, out) for number in missing)
-    with contextlib.closing(here if workers < 1 else _parallel(config, out, missing, workers)) as results:
+    if ray:
+        from .ray_builder import build_with_ray
+
+        results = build_with_ray(config, out, missing, workers)
+    elif workers > 0:
+        results = _parallel(config, out, missing, workers)
+    else:
+        results = (make_shard(config, number, out) for number in missing)
+    with contextlib.closing(results):
         for each in results:
-            total.made += each.made
-            total.streams += each.streams
-            total.seconds += each.seconds
-            total.unreadable.update(each.unreadable)
+            total.add(each)
             if progress is not None:
-                progress(total, config.shards)
+                progress(dataclasses.replace(total), config.shards)
     return total
 
 
@@ -191,8 +236,8 @@ def _parallel(
     """Shards as they get ready; a failure stops the rest."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(missing) or 1), context, _start, (config,)) as pool:
-        waiting = {pool.submit(_make, number, out) for number in missing}
+    with ProcessPoolExecutor(min(workers, len(missing) or 1), context) as pool:
+        waiting = {pool.submit(make_shard, config, number, out) for number in missing}
         try:
             while waiting:
                 ready, waiting = wait(waiting, return_when=FIRST_COMPLETED)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,10 @@ Span = tuple[float, float]
 
 class DataError(FastloopError, ValueError):
     """A manifest, a clip, a grammar or a corpus is not what it should be; the message names the place."""
+
+
+class Unreadable(DataError):
+    """A clip that the manifest names cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -46,15 +50,15 @@ class Clip:
     group: str = ""  # speaker or origin: clips of one group share it
 
     def read(self) -> np.ndarray:
-        """The whole clip, int16 [S] at 16 kHz mono; DataError where it cannot be read."""
+        """The whole clip, int16 [S] at 16 kHz mono; Unreadable where it cannot be read."""
         try:
             pcm, rate = soundfile.read(self.path, dtype="int16")
         except (OSError, soundfile.LibsndfileError) as error:
-            raise DataError(f"{self.path}: cannot be read: {error}") from error
+            raise Unreadable(f"{self.path}: cannot be read: {error}") from error
         if rate != SAMPLE_RATE or pcm.ndim != 1:
-            raise DataError(f"{self.path}: {rate} Hz, {pcm.ndim} channels; clips are {SAMPLE_RATE} Hz mono")
+            raise Unreadable(f"{self.path}: {rate} Hz, {pcm.ndim} channels; clips are {SAMPLE_RATE} Hz mono")
         if len(pcm) == 0:
-            raise DataError(f"{self.path}: holds no sound")
+            raise Unreadable(f"{self.path}: holds no sound")
         return pcm
 
 
@@ -141,36 +145,21 @@ def read_manifest(path: Path, split: str | None = None) -> list[Clip]:
 
 
 class Cache:
-    """Decoded clips, the most recently used ones, at most `limit` bytes; unreadable ones are remembered."""
+    """Arrays by name, the most recently used ones, at most `limit` bytes of them."""
 
-    def __init__(self, limit: int = 512 << 20) -> None:
+    def __init__(self, limit: int = 384 << 20) -> None:
         self.limit, self.held = limit, 0
-        self.pcm: OrderedDict[str, np.ndarray] = OrderedDict()
-        self.unreadable: dict[str, str] = {}  # id -> what was wrong
+        self.arrays: OrderedDict[str, np.ndarray] = OrderedDict()
 
-    def get(self, clip: Clip) -> np.ndarray | None:
-        """int16 [S], not to be written to; None where it cannot be read, and the reason in `unreadable`."""
-        if clip.id in self.unreadable:
-            return None
-        if clip.id in self.pcm:
-            self.pcm.move_to_end(clip.id)
-            return self.pcm[clip.id]
-        try:
-            pcm = clip.read()
-        except DataError as error:
-            self.unreadable[clip.id] = str(error)
-            return None
-        pcm.setflags(write=False)
-        self.pcm[clip.id] = pcm
-        self.held += pcm.nbytes
-        while self.held > self.limit and len(self.pcm) > 1:
-            self.held -= self.pcm.popitem(last=False)[1].nbytes
-        return pcm
-
-
-def by_label(clips: Iterable[Clip]) -> Mapping[str, list[Clip]]:
-    """label -> its clips, in their order."""
-    found: dict[str, list[Clip]] = {}
-    for clip in clips:
-        found.setdefault(clip.label, []).append(clip)
-    return found
+    def get(self, name: str, make: Callable[[], np.ndarray]) -> np.ndarray:
+        """The array of that name, made on first use; not to be written to."""
+        if name in self.arrays:
+            self.arrays.move_to_end(name)
+            return self.arrays[name]
+        array = make()
+        array.setflags(write=False)
+        self.arrays[name] = array
+        self.held += array.nbytes
+        while self.held > self.limit and len(self.arrays) > 1:
+            self.held -= self.arrays.popitem(last=False)[1].nbytes
+        return array

@@ -8,7 +8,9 @@ import numpy as np
 
 from . import voices
 from .abilities import SubTask
-from .planner import Outline, Rule
+from .grammar import Rule
+from .planner import Outline
+from .scripts import Beat
 from .sequence import Reply
 from .sounds import DIGITS, SYNTHETIC, Library, sound_of
 from .synth import Rng, log_uniform
@@ -18,8 +20,11 @@ SNR_DB = (5.0, 25.0)  # an event above that
 QUIETEST_DB, LOUDEST_DB = -55.0, -9.0
 FEW = 8  # with so many clips, a sound that also has generators comes from a clip every second time
 VOICE_SHARE = 0.15  # of digit strings, said by espeak-ng where it is installed
+STRING_SHARE = 0.4  # of digit strings, one recording of several digits
 DIGIT_NAMES = [name for name in DIGITS if name != "oh"]
 DIGIT_PAUSE_S = (0.03, 0.7)
+SPEED = (0.88, 1.14)  # of recorded speech to train on: as other speakers
+NARROW_SHARE = 0.12  # of streams, heard through a telephone's band
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,10 @@ class Layer:
 
 @dataclass(frozen=True)
 class Part:
-    """One event, `gap_s` after the end of the one before. Several sources are heard one after another,
-    with `pauses_s` before each; `text` is what a voice says, a source each word.
+    """One event, gap_s after the end of the one before.
+
+    sources: one, or one for each digit of a string, heard after pauses_s.  text: what a voice says.
+    reply: None is silence; `own`: it holds whatever came before.  speed: how much faster than recorded.
     """
 
     label: str
@@ -47,6 +54,7 @@ class Part:
     level_db: float
     longest_s: float
     reply: Reply | None = None
+    own: bool = False
     text: str = ""
     pauses_s: tuple[float, ...] = ()
     speed: float = 1.0
@@ -54,7 +62,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that `compose` needs, apart from the library: a stream is a function of it."""
+    """Everything that `compose` needs, apart from the library: a stream is a function of it.
+
+    tfjp: clips are prepared and begin at multiples of half a chunk.  narrow: the whole stream through a
+    telephone's band.
+    """
 
     id: str
     split: str
@@ -67,7 +79,8 @@ class Plan:
     parts: tuple[Part, ...]
     rules: tuple[Rule, ...] = ()
     question: str = ""
-    narrow: bool = False  # the whole stream through a telephone's band, up to 4 kHz
+    tfjp: bool = True
+    narrow: bool = False
 
 
 def source_for(rng: Rng, library: Library, label: str) -> str:
@@ -100,33 +113,39 @@ def _digits(rng: Rng, library: Library) -> tuple[tuple[str, ...], str, tuple[flo
     """Sources, what a voice says, and pauses: one recording of a string, clips of one speaker, or a voice."""
     roll, count = rng.random(), int(rng.integers(1, 7))
     pauses = tuple(float(p) for p in rng.uniform(*DIGIT_PAUSE_S, count))
-    if roll < VOICE_SHARE and voices.available():
+    strings = [clip for clip in library.filed.get("spoken_digits", ()) if clip.words]
+    if voices.available() and (roll < VOICE_SHARE or not (strings or library.singles)):
         said = " ".join(str(rng.choice(DIGIT_NAMES)) for _ in pauses)
         return (str(voices.draw(rng, library.split)),), said, pauses
-    strings = [clip for clip in library.filed.get("spoken_digits", ()) if clip.words]
-    if strings and (roll < 0.55 or not library.singles):
+    if strings and (roll < VOICE_SHARE + STRING_SHARE or not library.singles):
         return (strings[int(rng.integers(len(strings)))].id,), "", (0.0,)
     speakers = sorted(library.singles)
     clips = library.singles[speakers[int(rng.integers(len(speakers)))]]
     return tuple(clips[int(rng.integers(len(clips)))].id for _ in pauses), "", pauses
 
 
-def _part(rng: Rng, library: Library, label: str, gap_s: float, bed_db: float) -> Part:
-    sound = sound_of(label)
+def _part(rng: Rng, library: Library, beat: Beat, bed_db: float) -> Part:
+    sound = sound_of(beat.label)
     level = float(np.clip(max(bed_db, QUIETEST_DB) + rng.uniform(*SNR_DB), QUIETEST_DB, LOUDEST_DB))
-    sources, text, pauses = (
-        _digits(rng, library)
-        if label == "spoken_digits"
-        else ((source_for(rng, library, label),), "", (0.0,))
+    text, longest = beat.say, sound.longest_s
+    pauses: tuple[float, ...] = (0.0,)
+    if beat.say:
+        sources: tuple[str, ...] = (str(voices.draw(rng, library.split, beat.language)),)
+    elif beat.label == "spoken_digits":
+        sources, text, pauses = _digits(rng, library)
+    else:
+        sources = (source_for(rng, library, beat.label),)
+    if sources[0].startswith(SYNTHETIC):
+        longest = min(longest, log_uniform(rng, 1.5, 20.0))
+    varied = library.split == "train" and sound.family in ("digits", "chatter") and not beat.say
+    speed = float(rng.uniform(*SPEED)) if varied else 1.0
+    reply = beat.reply if beat.own else sound.reply
+    return Part(
+        beat.label, sources, _seed(rng), beat.gap_s, level, longest, reply, beat.own, text, pauses, speed
     )
-    speed = float(rng.uniform(0.88, 1.14)) if sound.family in ("digits", "chatter") else 1.0
-    longest = min(sound.longest_s, log_uniform(rng, 1.5, 20.0)) if sound.family != "digits" else 30.0
-    if not sources[0].startswith(SYNTHETIC):
-        longest = sound.longest_s if sound.family != "digits" else 30.0
-    return Part(label, sources, _seed(rng), gap_s, level, longest, sound.reply, text, pauses, speed)
 
 
-def ground(rng: Rng, outline: Outline, task: SubTask, library: Library, name: str) -> Plan:
+def ground(rng: Rng, outline: Outline, task: SubTask, library: Library, name: str, tfjp: bool = True) -> Plan:
     """Draw sources, seeds and levels for an outline."""
     bed_db = float(rng.uniform(*BED_DB))
     return Plan(
@@ -138,8 +157,9 @@ def ground(rng: Rng, outline: Outline, task: SubTask, library: Library, name: st
         sub_task=task.name,
         seconds=outline.seconds,
         layers=_layers(rng, library, outline, bed_db),
-        parts=tuple(_part(rng, library, label, gap, bed_db) for label, gap in outline.events),
+        parts=tuple(_part(rng, library, beat, bed_db) for beat in outline.beats),
         rules=outline.rules,
         question=task.question,
-        narrow=bool(rng.random() < 0.12),
+        tfjp=tfjp,
+        narrow=bool(rng.random() < NARROW_SHARE),
     )

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import soxr
 
 from ..config import SAMPLE_RATE
 from . import voices
-from .clips import Clip, DataError
+from .clips import Clip
 from .grounding import Part
 from .scenes import AUDIBLE, reverb, tilt
 from .sequence import Reply
 from .sounds import DIGITS, GENERATORS, SYNTHETIC, Library, sound_of
 from .synth import Rng, fade, samples
+from .tfjp import denoise, noise_profile
 
+VOICE = "espeak-ng/"
 MARGIN_S = 0.02  # kept of a clip before and after what is heard
+CUT_S = 1.0  # a sound that is too long is cut in the quietest place of its last second
 
 
 @dataclass(frozen=True)
@@ -39,9 +41,9 @@ class Rendered:
     pcm: np.ndarray
     spans: tuple[Span, ...]
 
-
-class Unreadable(DataError):
-    """A clip of a plan cannot be read: draw another plan."""
+    @property
+    def end_s(self) -> float:
+        return max(span.end_s for span in self.spans)
 
 
 def audible(x: np.ndarray) -> tuple[float, float]:
@@ -50,25 +52,28 @@ def audible(x: np.ndarray) -> tuple[float, float]:
     return (heard[0] / SAMPLE_RATE, (heard[-1] + 1) / SAMPLE_RATE) if len(heard) else (0.0, 0.0)
 
 
-def clip_pcm(library: Library, clip: Clip) -> np.ndarray:
-    """float32 [S]; Unreadable where there is none."""
-    pcm = library.cache.get(clip)
-    if pcm is None:
-        raise Unreadable(library.cache.unreadable[clip.id])
-    return pcm.astype(np.float32) / 32768
+def shortened(x: np.ndarray, longest_s: float) -> np.ndarray:
+    """x, or at most longest_s of it: cut where a block of 20 ms near the end is quietest."""
+    most = samples(longest_s)
+    if len(x) <= most:
+        return x
+    first = max(most // 2, most - samples(CUT_S))
+    blocks = x[first:most][: (most - first) // 320 * 320].reshape(-1, 320)
+    return x[: first + 320 * (int(np.argmin(np.square(blocks).sum(axis=1))) + 1)] if len(blocks) else x[:most]
 
 
-def heard_part(clip: Clip, pcm: np.ndarray, longest_s: float) -> tuple[np.ndarray, float]:
-    """The clip from just before it is first heard, at most longest_s of it -> (sound, its start in the clip).
+def clip_sound(library: Library, clip: Clip, tfjp: bool, whole_chunks: bool = True) -> np.ndarray:
+    """What is heard of a clip, with a little around it, float32 [S].
 
-    Where it must be cut, the cut falls into a pause if there is one.
+    tfjp: prepared, and whole half chunks long unless told otherwise. Unreadable where it cannot be read.
     """
-    first, last = (clip.active[0][0], clip.active[-1][1]) if clip.active else audible(pcm)
-    if last - first > longest_s:
-        ends = [end for _, end in clip.active if first + 0.5 <= end <= first + longest_s]
-        last = ends[-1] if ends else first + longest_s
-    start = max(0.0, first - MARGIN_S)
-    return pcm[samples(start) - 1 if start else 0 : samples(last + MARGIN_S)], start
+    margin = samples(MARGIN_S)
+    if tfjp:
+        pcm, (first, end) = library.prepared(clip)
+        return pcm if whole_chunks else pcm[max(0, first - margin) : end + margin]
+    pcm = library.pcm(clip)
+    first_s, last_s = (clip.active[0][0], clip.active[-1][1]) if clip.active else audible(pcm)
+    return pcm[max(0, round(first_s * SAMPLE_RATE) - margin) : round(last_s * SAMPLE_RATE) + margin]
 
 
 def _faster(x: np.ndarray, speed: float) -> np.ndarray:
@@ -76,11 +81,14 @@ def _faster(x: np.ndarray, speed: float) -> np.ndarray:
     return x if speed == 1.0 else soxr.resample(x, SAMPLE_RATE * speed, SAMPLE_RATE, quality="MQ")
 
 
-def _words(clip: Clip, pcm: np.ndarray, speed: float) -> Rendered:
+def _words(library: Library, clip: Clip, speed: float, tfjp: bool) -> Rendered:
     """Speech with word times: a span for each digit, one for each run of other words."""
+    pcm = library.pcm(clip)
+    if tfjp:
+        pcm = denoise(pcm, noise_profile(pcm))
     start = max(0.0, clip.words[0][1] - 0.1)
     end = min(len(pcm) / SAMPLE_RATE, clip.words[-1][2] + 0.15)
-    x = fade(_faster(pcm[int(start * SAMPLE_RATE) : int(end * SAMPLE_RATE)], speed), 0.01)
+    x = fade(_faster(pcm[round(start * SAMPLE_RATE) : round(end * SAMPLE_RATE)], speed), 0.01)
     spans: list[Span] = []
     for word, t0, t1 in clip.words:
         a, b = (t0 - start) / speed, (t1 - start) / speed
@@ -91,67 +99,62 @@ def _words(clip: Clip, pcm: np.ndarray, speed: float) -> Rendered:
     return Rendered(x, tuple(spans))
 
 
-def _single(library: Library, source: str, word: str, part: Part) -> tuple[np.ndarray, str]:
-    """One spoken digit and its word."""
-    if source.startswith("espeak-ng/"):
-        return voices.speak(voices.parse_voice(source), word), word
-    clip = library.clip(source)
-    return heard_part(clip, clip_pcm(library, clip), part.longest_s)[0], clip.text
-
-
-def _string(library: Library, part: Part) -> Rendered:
+def _string(library: Library, part: Part, tfjp: bool) -> Rendered:
     """Single digits, one after another, with pauses."""
-    words: Sequence[str] = part.text.split() or [""] * len(part.sources)
-    sources = part.sources * len(words) if len(part.sources) == 1 else part.sources
+    words = part.text.split() or [library.clip(source).text for source in part.sources]
+    sources = part.sources * len(words) if part.text else part.sources
     pieces: list[np.ndarray] = []
     spans: list[Span] = []
     at = 0
     for source, word, pause in zip(sources, words, part.pauses_s, strict=True):
-        x, word = _single(library, source, word, part)
+        if source.startswith(VOICE):
+            x = voices.speak(voices.parse_voice(source), word)
+        else:
+            x = clip_sound(library, library.clip(source), tfjp, whole_chunks=False)
         x = fade(_faster(np.asarray(x, dtype=np.float64), part.speed), 0.004)
-        gap = np.zeros(samples(pause) if pieces else 0)
+        gap = samples(pause) if pieces else 0
         first, last = audible(x)
-        offset = (at + len(gap)) / SAMPLE_RATE
-        reply = Reply(DIGITS[word])
-        spans.append(Span(word, source, offset + first, offset + last, reply, offset + last))
-        pieces += [gap, x]
-        at += len(gap) + len(x)
+        begin = (at + gap) / SAMPLE_RATE
+        spans.append(Span(word, source, begin + first, begin + last, Reply(DIGITS[word]), begin + last))
+        pieces += [np.zeros(gap), x]
+        at += gap + len(x)
     return Rendered(np.concatenate(pieces), tuple(spans))
 
 
-def _dry(rng: Rng, library: Library, part: Part, room_s: float) -> Rendered:
+def _dry(rng: Rng, library: Library, part: Part, room_s: float, tfjp: bool) -> Rendered:
     """The event before any room or microphone."""
     sound, source = sound_of(part.label), part.sources[0]
     if part.label == "spoken_digits" and (part.text or not library.clip(source).words):
-        return _string(library, part)
-    if source.startswith(SYNTHETIC):
-        x = GENERATORS[source.removeprefix(SYNTHETIC)](rng, min(part.longest_s, room_s))
+        return _string(library, part, tfjp)
+    if sound.family == "digits":
+        return _words(library, library.clip(source), part.speed, tfjp)
+    user, longest = sound.words, min(part.longest_s, room_s)
+    if part.text:
+        user = part.text
+        x = np.asarray(voices.speak(voices.parse_voice(source), part.text), dtype=np.float64)
+    elif source.startswith(SYNTHETIC):
+        x = GENERATORS[source.removeprefix(SYNTHETIC)](rng, longest)
     else:
         clip = library.clip(source)
-        pcm = clip_pcm(library, clip)
-        if sound.family == "digits":
-            return _words(clip, pcm, part.speed)
-        x, _ = heard_part(clip, pcm, min(part.longest_s, room_s))
-        x = fade(_faster(x, part.speed), 0.015)
+        user = clip.text or user
+        x = fade(_faster(shortened(clip_sound(library, clip, tfjp), longest), part.speed), 0.015)
     start, end = audible(x)
-    due = min(start + sound.heard_s, end)
-    return Rendered(x, (Span(sound.words, source, start, end, part.reply, due),))
+    due = end if part.text else min(start + sound.heard_s, end)
+    return Rendered(x, (Span(user, source, start, end, part.reply, due),))
 
 
-def render(library: Library, part: Part, room_s: float) -> Rendered:
-    """One event as a room and a microphone pass it on; at most about room_s long (strings of digits may be
-    longer). Unreadable where a clip cannot be read.
+def render(library: Library, part: Part, room_s: float, tfjp: bool = True) -> Rendered:
+    """One event as a room and a microphone pass it on; a sound is at most about room_s long, what is said
+    may be longer. Unreadable where a clip cannot be read.
     """
     rng = np.random.default_rng(part.seed)
-    dry = _dry(rng, library, part, room_s)
+    dry = _dry(rng, library, part, room_s, tfjp)
     x = dry.pcm
-    if rng.random() < (0.7 if part.sources[0].startswith((SYNTHETIC, "espeak-ng/")) else 0.35):
+    if rng.random() < (0.7 if part.sources[0].startswith((SYNTHETIC, VOICE)) else 0.35):
         x = reverb(rng, x)
     if rng.random() < 0.7:
         x = tilt(rng, x)
     spans = dry.spans
-    if len(spans) == 1 and sound_of(part.label).family != "digits":  # the room's tail belongs to the event
-        only = spans[0]
-        end = max(only.end_s, audible(x)[1])
-        spans = (Span(only.user, only.source, only.start_s, end, only.reply, only.due_s),)
+    if sound_of(part.label).family != "digits" and not part.text:  # the room's tail belongs to the event
+        spans = (replace(spans[0], end_s=max(spans[0].end_s, audible(x)[1])),)
     return Rendered(x, spans)

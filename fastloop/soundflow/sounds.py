@@ -13,12 +13,14 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from . import alerts, ambience, synth
-from .clips import Cache, Clip, DataError, read_manifest
+from .clips import Cache, Clip, DataError, Unreadable, read_manifest
 from .sequence import Reply
 from .synth import Generator
+from .tfjp import prepare
 
 SYNTHETIC = "synthetic:"
 GENERATORS: dict[str, Generator] = {
@@ -107,11 +109,12 @@ def filed_under(clip: Clip) -> str | None:
 
 
 class Library:
-    """Sources by label: the clips of one split and the generators; decodes and caches clips.
+    """Sources by label: the clips of one split and the generators; decodes, prepares and keeps clips.
 
     Attributes:
         split: "train" or "val" (or any other of the manifest).
-        filed: label -> clips.  cache: decoded clips, and which could not be read.
+        filed: label -> clips.  singles: speaker -> clips of one spoken digit each.
+        unreadable: id -> what was wrong, of clips that were needed and could not be read.
     """
 
     def __init__(self, clips: list[Clip], split: str) -> None:
@@ -121,11 +124,13 @@ class Library:
         for clip in self.clips.values():
             if (label := filed_under(clip)) is not None:
                 self.filed.setdefault(label, []).append(clip)
-        self.singles: dict[str, list[Clip]] = {}  # speaker -> clips of one digit each
+        self.singles: dict[str, list[Clip]] = {}
         for clip in self.filed.get("spoken_digits", ()):
             if len(clip.text.split()) == 1:
                 self.singles.setdefault(clip.group, []).append(clip)
-        self.cache = Cache()
+        self.unreadable: dict[str, str] = {}
+        self._sounds, self._prepared = Cache(), Cache()
+        self._cores: dict[str, tuple[int, int]] = {}
 
     @classmethod
     def open(cls, manifest: Path | str, split: str) -> Library:
@@ -135,7 +140,32 @@ class Library:
         """Whether anything can make this sound."""
         return label in self.filed or bool(sound_of(label).generators)
 
+    def labels(self) -> list[str]:
+        """All that can be made, sorted."""
+        return sorted({*self.filed, *(name for name, sound in known_sounds().items() if sound.generators)})
+
     def clip(self, name: str) -> Clip:
         if name not in self.clips:
             raise DataError(f"there is no clip {name!r} in split {self.split!r}")
         return self.clips[name]
+
+    def pcm(self, clip: Clip) -> np.ndarray:
+        """The clip as recorded, float32 [S]; Unreadable, every time, where it cannot be read."""
+        if clip.id in self.unreadable:
+            raise Unreadable(self.unreadable[clip.id])
+        try:
+            return self._sounds.get(clip.id, clip.read).astype(np.float32) / 32768
+        except Unreadable as error:
+            self.unreadable[clip.id] = str(error)
+            raise
+
+    def prepared(self, clip: Clip) -> tuple[np.ndarray, tuple[int, int]]:
+        """The clip after tfjp.prepare: float32 [S], whole half chunks, and its core [first, end)."""
+
+        def make() -> np.ndarray:
+            done = prepare(self.pcm(clip))
+            self._cores[clip.id] = done.core
+            return done.pcm.astype(np.float32)
+
+        pcm = self._prepared.get(clip.id, make)
+        return pcm, self._cores[clip.id]

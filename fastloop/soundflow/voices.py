@@ -16,7 +16,7 @@ from ..config import SAMPLE_RATE
 from .clips import DataError
 from .synth import Rng, Sound
 
-ACCENTS = {"train": ("en-us", "en-gb", "en-029", "en-gb-scotland"), "val": ("en-gb-x-rp", "en-gb-x-gbclan")}
+ENGLISH = {"train": ("en-us", "en-gb", "en-029", "en-gb-scotland"), "val": ("en-gb-x-rp", "en-gb-x-gbclan")}
 VARIANTS = {"train": ("m1", "m2", "m3", "m4", "m5", "f1", "f2", "f3"), "val": ("m6", "m7", "f4", "f5")}
 MISSING = "espeak-ng is not installed, and speech is made with it: install it (apt-get install espeak-ng)"
 
@@ -45,10 +45,11 @@ def available() -> bool:
     return shutil.which("espeak-ng") is not None
 
 
-def draw(rng: Rng, split: str) -> Voice:
-    """A random voice of the split; an unknown split has the voices of `val`."""
+def draw(rng: Rng, split: str, language: str = "en") -> Voice:
+    """A random voice of the split; any split but `train` has the voices of `val`."""
     kind = "train" if split == "train" else "val"
-    name = f"{rng.choice(ACCENTS[kind])}+{rng.choice(VARIANTS[kind])}"
+    accent = rng.choice(ENGLISH[kind]) if language == "en" else language
+    name = f"{accent}+{rng.choice(VARIANTS[kind])}"
     return Voice(name, int(rng.integers(120, 190)), int(rng.integers(25, 75)))
 
 
