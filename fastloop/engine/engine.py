@@ -85,7 +85,9 @@ class Engine:
 
         CapacityError where a session slot or its KV pages cannot be had; nothing else is touched.
         """
-        config = config or SessionConfig()
+        config = SessionConfig() if config is None else config
+        if not isinstance(config, SessionConfig):
+            raise TypeError(f"Engine.open: config must be a SessionConfig, got {config!r}")
         with self._step_lock:
             return self._admit(config)
 
