@@ -97,6 +97,10 @@ class Engine:
 
     def snapshot(self, session: Session) -> bytes:
         """A session's whole state as bytes; waits for the step in progress."""
+        if session._engine is not self:
+            raise ValueError(
+                f"session {session.id} belongs to another engine; call its own snapshot() or fork()"
+            )
         with self._step_lock:
             session._check_open("snapshot")
             return snapshot.dump(session)
