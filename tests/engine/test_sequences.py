@@ -179,3 +179,28 @@ def test_a_failed_sequence_is_forgotten(model: Model) -> None:
     caller.call(StepItem("x", random_sound(0.4)))
     assert "unknown" in caller.heard["x"][-1].message  # type: ignore[attr-defined]
     check_clean(engine)
+
+
+def test_step_batch_equals_sessions_and_isolates_bad_items(model: Model, config: SessionConfig) -> None:
+    engine = Engine(model)
+    sounds = {name: random_sound(2.0, seed=i) for i, name in enumerate("abc")}
+    heard: dict[str, list] = {name: [] for name in sounds}
+    for start in range(0, 5 * CHUNK, CHUNK):
+        items = [
+            StepItem(n, pcm[start : start + CHUNK], start == 0, start == 4 * CHUNK, config=config)
+            for n, pcm in sounds.items()
+        ]
+        bad = (
+            StepItem("c", np.array([np.nan], np.float32))
+            if start == CHUNK
+            else StepItem("nobody", sounds["a"])
+        )
+        results = engine.step_batch([*items, bad])
+        assert results[-1][1][-1].type == "rejected"
+        for name, events in results[:-1]:
+            heard[str(name)] += events
+    for name, pcm in sounds.items():
+        want = expected(model, Script(config, pcm))
+        assert comparable(heard[name]) == comparable(want)
+        assert heard[name][-1].type == "closed"
+    check_clean(engine)

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastloop.checkpoint import Model
-from fastloop.engine import Engine, StepItem
-from fastloop.errors import CapacityError, FastloopError, QueueFullError, SessionClosedError, SnapshotError
+from fastloop.engine import Engine
+from fastloop.errors import CapacityError, FastloopError, SessionClosedError
 from fastloop.options import DecisionPolicy, EngineConfig, Sampling, SessionConfig
 from fastloop.testing.cases import random_model, random_sound
 from fastloop.testing.drive import Script, chances, comparable, expected, lively_policy, run_engine
@@ -138,7 +138,7 @@ def test_cancel_during_a_step_is_fenced(model: Model) -> None:
     assert [e.type for e in session.poll()][:1] == ["decision"]
 
 
-# ---- close and bounds ----------------------------------------------------------------------------------
+# ---- close ---------------------------------------------------------------------------------------------
 
 
 def test_push_after_close_and_double_close(model: Model) -> None:
@@ -174,84 +174,6 @@ def test_close_from_another_thread_during_a_step(model: Model) -> None:
     assert [e.type for e in other.poll()] == ["decision"]
     other.close()
     check_clean(engine)
-
-
-def test_queue_bound_refuses_the_whole_push(model: Model) -> None:
-    engine = Engine(model)
-    session = engine.open(SessionConfig(max_queued_s=1.0, policy=NEVER))
-    assert session.push(random_sound(0.9)) == pytest.approx(0.9)
-    with pytest.raises(QueueFullError, match="nothing was taken"):
-        session.push(random_sound(0.2))
-    assert session.queued_seconds == pytest.approx(0.9)
-    engine.run_until_idle()
-    assert session.queued_seconds == pytest.approx(0.1)
-    session.push(random_sound(0.9))
-
-
-@pytest.mark.parametrize(
-    ("pcm", "error", "match"),
-    [
-        (np.array([0.0, np.nan], np.float32), ValueError, "1"),
-        (np.array([np.inf], np.float32), ValueError, "0"),
-        (np.float32(0.0), ValueError, "dimension|0-d|1-D"),
-        (np.zeros((2, 2, 2), np.float32), ValueError, "dimension|3-d|1-D"),
-        (np.zeros(4, np.complex64), TypeError, "complex64"),
-        (np.zeros(4, np.uint8), TypeError, "uint8"),
-        ("sound.wav", TypeError, "str"),
-    ],
-)
-def test_push_refuses_what_is_not_sound(
-    model: Model, pcm: object, error: type[Exception], match: str
-) -> None:
-    session = Engine(model).open()
-    with pytest.raises(error, match=match):
-        session.push(pcm)
-    assert session.queued_seconds == 0
-
-
-@pytest.mark.parametrize("rate", [0, -1, float("nan"), "16000", True, 10**9])
-def test_push_refuses_rates(model: Model, rate: object) -> None:
-    session = Engine(model).open()
-    with pytest.raises((ValueError, TypeError), match="rate"):
-        session.push(random_sound(0.1), sample_rate=rate)  # type: ignore[arg-type]
-    assert session.queued_seconds == 0
-
-
-def test_empty_push_and_flush_of_nothing(model: Model) -> None:
-    engine = Engine(model)
-    session = engine.open()
-    assert session.push(np.zeros(0, np.float32)) == 0
-    session.flush()
-    assert engine.run_until_idle() == 0 and session.poll() == []
-
-
-def test_flush_decides_a_partial_chunk_once(model: Model) -> None:
-    engine = Engine(model)
-    for edge in ("reflect", "wait"):
-        session = engine.open(SessionConfig(policy=NEVER, edge=edge))
-        session.push(random_sound(0.5))
-        session.flush()
-        session.flush()
-        engine.run_until_idle()
-        assert [e.t for e in session.poll()] == pytest.approx([0.4, 0.8]), edge
-        session.push(random_sound(0.4))
-        session.flush()
-        engine.run_until_idle()
-        assert [e.t for e in session.poll()] == pytest.approx([1.2]), edge
-        session.close()
-
-
-def test_unpolled_events_hold_the_session_back_and_lose_nothing(model: Model) -> None:
-    engine = Engine(model)
-    session = engine.open(SessionConfig(policy=NEVER, max_events=8, speculative_chunks=4))
-    session.push(random_sound(12.0))
-    engine.run_until_idle()
-    held = len(session.poll())
-    assert 8 <= held < 8 + 4
-    total = held
-    while engine.run_until_idle():
-        total += len(session.poll())
-    assert total == 30
 
 
 # ---- capacity ----------------------------------------------------------------------------------------
@@ -337,89 +259,7 @@ def test_drain_works_off_the_queue_and_admits_no_more(model: Model) -> None:
     assert engine.health()["status"] == "draining"
 
 
-# ---- snapshot, restore, fork ---------------------------------------------------------------------------
-
-
-@settings(max_examples=10)
-@given(data=st.data(), cut=st.integers(0, 60), window=st.sampled_from([None, 60.0, 1.6]))
-def test_restore_and_fork_continue_as_if_nothing_had_happened(
-    model: Model, policy: DecisionPolicy, data: st.DataObject, cut: int, window: float | None
-) -> None:
-    """Cut anywhere, also inside a response and with sound queued: both copies equal the plain loop."""
-    config = SessionConfig(
-        policy=policy, window_s=window, sampling=Sampling(0.9), seed=7, max_response_tokens=12
-    )
-    pcm = random_sound(6.0, seed=21)
-    script = Script(config, pcm)
-    engine = Engine(model, EngineConfig(max_sessions=2, kv_pages=300))
-    session = engine.open(config)
-    split = data.draw(st.integers(0, len(pcm)))
-    session.push(pcm[:split])
-    for _ in range(cut):
-        engine.step()
-    heard = session.poll() if data.draw(st.booleans()) else []
-    elsewhere = Engine(model, EngineConfig(max_sessions=1, kv_pages=300, page_tokens=16))
-    want = expected(model, script)
-    for target, copy in ((engine, session.fork()), (elsewhere, elsewhere.restore(session.snapshot()))):
-        copy.push(pcm[split:])
-        target.run_until_idle()
-        got = heard + copy.poll()
-        assert comparable(got) == comparable(want)
-        assert np.abs(chances(got) - chances(want)).max() <= 1e-5
-        assert [e.seq for e in got] == list(range(len(got)))
-        copy.close()
-    session.push(pcm[split:])
-    engine.run_until_idle()
-    assert comparable(heard + session.poll()) == comparable(want), "the original goes on untouched"
-    engine.close()
-    check_clean(engine)
-
-
-def test_damaged_and_foreign_snapshots_are_refused(model: Model) -> None:
-    engine = Engine(model)
-    session = engine.open()
-    session.push(random_sound(1.0))
-    engine.run_until_idle()
-    data = session.snapshot()
-    open_before = len(engine._sessions)
-    for bad in (b"", b"junk", data[:-7], data[:40], data[:8] + b"x" * 50 + data[58:]):
-        with pytest.raises(SnapshotError, match="take a new one"):
-            engine.restore(bad)
-    other = Engine(random_model(seed=4))
-    with pytest.raises(SnapshotError, match="belongs to model"):
-        other.restore(data)
-    assert len(engine._sessions) == open_before
-    session.close()
-    check_clean(engine)
-
-
-# ---- callers that own the loop -----------------------------------------------------------------------
-
-
-def test_step_batch_equals_sessions_and_isolates_bad_items(model: Model, policy: DecisionPolicy) -> None:
-    engine = Engine(model)
-    config = SessionConfig(policy=policy, max_response_tokens=6)
-    sounds = {name: random_sound(2.0, seed=i) for i, name in enumerate("abc")}
-    heard: dict[str, list] = {name: [] for name in sounds}
-    for start in range(0, 5 * CHUNK, CHUNK):
-        items = [
-            StepItem(n, pcm[start : start + CHUNK], start == 0, start == 4 * CHUNK, config=config)
-            for n, pcm in sounds.items()
-        ]
-        bad = (
-            StepItem("c", np.array([np.nan], np.float32))
-            if start == CHUNK
-            else StepItem("nobody", sounds["a"])
-        )
-        results = engine.step_batch([*items, bad])
-        assert results[-1][1][-1].type == "rejected"
-        for name, events in results[:-1]:
-            heard[str(name)] += events
-    for name, pcm in sounds.items():
-        want = expected(model, Script(config, pcm))
-        assert comparable(heard[name]) == comparable(want)
-        assert heard[name][-1].type == "closed"
-    check_clean(engine)
+# ---- what it reports
 
 
 def test_stats_and_memory_plan(model: Model) -> None:

@@ -1,4 +1,4 @@
-"""Snapshots beyond the plain case: another process, every kind of stream, pushes meanwhile, damage."""
+"""Snapshot, restore, fork: as if nothing had happened, here or in another process, whatever the stream."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastloop.checkpoint import Model, load, save
@@ -31,9 +31,72 @@ def model() -> Model:
 
 
 @pytest.fixture(scope="module")
+def policy(model: Model) -> DecisionPolicy:
+    return lively_policy(model)
+
+
+def check_clean(engine: Engine) -> None:
+    engine.check()
+    assert engine.cache.allocator.used == 0 and engine.cache.allocator.promised == 0
+
+
+@pytest.fixture(scope="module")
 def saved(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("model") / "m"
     return save(directory, model.config, model.weights, model.tokenizer.to_json())
+
+
+@settings(max_examples=10)
+@given(data=st.data(), cut=st.integers(0, 60), window=st.sampled_from([None, 60.0, 1.6]))
+def test_restore_and_fork_continue_as_if_nothing_had_happened(
+    model: Model, policy: DecisionPolicy, data: st.DataObject, cut: int, window: float | None
+) -> None:
+    """Cut anywhere, also inside a response and with sound queued: both copies equal the plain loop."""
+    config = SessionConfig(
+        policy=policy, window_s=window, sampling=Sampling(0.9), seed=7, max_response_tokens=12
+    )
+    pcm = random_sound(6.0, seed=21)
+    script = Script(config, pcm)
+    engine = Engine(model, EngineConfig(max_sessions=2, kv_pages=300))
+    session = engine.open(config)
+    split = data.draw(st.integers(0, len(pcm)))
+    session.push(pcm[:split])
+    for _ in range(cut):
+        engine.step()
+    heard = session.poll() if data.draw(st.booleans()) else []
+    elsewhere = Engine(model, EngineConfig(max_sessions=1, kv_pages=300, page_tokens=16))
+    want = expected(model, script)
+    for target, copy in ((engine, session.fork()), (elsewhere, elsewhere.restore(session.snapshot()))):
+        copy.push(pcm[split:])
+        target.run_until_idle()
+        got = heard + copy.poll()
+        assert comparable(got) == comparable(want)
+        assert np.abs(chances(got) - chances(want)).max() <= 1e-5
+        assert [e.seq for e in got] == list(range(len(got)))
+        copy.close()
+    session.push(pcm[split:])
+    engine.run_until_idle()
+    assert comparable(heard + session.poll()) == comparable(want), "the original goes on untouched"
+    engine.close()
+    check_clean(engine)
+
+
+def test_damaged_and_foreign_snapshots_are_refused(model: Model) -> None:
+    engine = Engine(model)
+    session = engine.open()
+    session.push(random_sound(1.0))
+    engine.run_until_idle()
+    data = session.snapshot()
+    open_before = len(engine._sessions)
+    for bad in (b"", b"junk", data[:-7], data[:40], data[:8] + b"x" * 50 + data[58:]):
+        with pytest.raises(SnapshotError, match="take a new one"):
+            engine.restore(bad)
+    other = Engine(random_model(seed=4))
+    with pytest.raises(SnapshotError, match="belongs to model"):
+        other.restore(data)
+    assert len(engine._sessions) == open_before
+    session.close()
+    check_clean(engine)
 
 
 CONTINUE = """
