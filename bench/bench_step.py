@@ -30,11 +30,6 @@ def cheap_weights(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> dic
 
 
 @pytest.fixture(scope="module")
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return torch.bfloat16 if request.config.getoption("--size") == "3b" else torch.float32
-
-
-@pytest.fixture(scope="module")
 def decoder(config: ModelConfig, dtype: torch.dtype) -> Decoder:
     return Decoder(config, cheap_weights(decoder_shapes(config), dtype))
 

@@ -14,11 +14,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def threads(request: pytest.FixtureRequest) -> None:
-    torch.set_num_threads(request.config.getoption("--threads"))
+def threads(request: pytest.FixtureRequest) -> int:
+    count = int(request.config.getoption("--threads"))
+    torch.set_num_threads(count)
+    return count
 
 
 @pytest.fixture(scope="session")
 def config(request: pytest.FixtureRequest) -> ModelConfig:
     """The dims chosen by --size."""
     return published_3b() if request.config.getoption("--size") == "3b" else small()
+
+
+@pytest.fixture(scope="session")
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    """The dtype in which models of that size run."""
+    return torch.bfloat16 if request.config.getoption("--size") == "3b" else torch.float32

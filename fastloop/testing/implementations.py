@@ -6,7 +6,7 @@ and the memory around them, and all of it is copied back, so a test reads the sa
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,13 +34,17 @@ class Implementation:
             return "no CUDA device"
         return REGISTRY[self.op].unavailable.get(self.backend, "")
 
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What is registered, for arguments that are on the device."""
+        return REGISTRY[self.op].implementations[self.backend]
+
     def __call__(self, **arguments: Any) -> Any:
         """The op on tensors of the CPU; its results are on the CPU too."""
-        function = REGISTRY[self.op].implementations[self.backend]
         if self.device == "cpu":
-            return function(**arguments)
+            return self.function(**arguments)
         moved = {name: self.place(value) for name, value in arguments.items()}
-        result = function(**moved)
+        result = self.function(**moved)
         for name, value in arguments.items():
             if isinstance(value, Tensor):
                 _whole(value).copy_(_whole(moved[name]))

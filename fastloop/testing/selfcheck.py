@@ -65,7 +65,8 @@ def compare(implementation: Implementation, case: Case) -> Finding:
         return Finding(None, None, touched)
     found = Finding(0.0, 0.0)
     for number, (out, plain, truth) in enumerate(zip(outs, plains, truths, strict=True)):
-        found = _worse(found, judge(f"result {number}", out, plain, truth))
+        measure = torch.Tensor.double if number else case.measure
+        found = _worse(found, judge(f"result {number}", out, plain, truth, measure))
     return found
 
 
@@ -78,8 +79,14 @@ def expected(op: str, case: Case) -> tuple[list[Tensor], list[Tensor]]:
     return plains, results(reference, widened(case.arguments), case.mutates)
 
 
-def judge(name: str, out: Tensor, plain: Tensor, truth: Tensor) -> Finding:
-    """One result, against what plain PyTorch makes of the same and the truth."""
+def judge(
+    name: str,
+    out: Tensor,
+    plain: Tensor,
+    truth: Tensor,
+    measure: Callable[[Tensor], Tensor] = torch.Tensor.double,
+) -> Finding:
+    """One result, against what plain PyTorch makes of the same and the truth; floats compare in `measure`."""
     if out.shape != plain.shape or out.dtype != plain.dtype:
         made, must = f"{out.dtype} {list(out.shape)}", f"{plain.dtype} {list(plain.shape)}"
         return Finding(None, None, f"{name} is {made}, must be {must}")
@@ -89,8 +96,9 @@ def judge(name: str, out: Tensor, plain: Tensor, truth: Tensor) -> Finding:
     unknown = truth.isnan()  # memory that was poison before the call and is not written
     if not torch.equal(out.isnan(), unknown):
         return Finding(None, None, f"{name} is off by inf: NaN in the wrong place")
-    out, plain, truth = (t.masked_fill(unknown, 0) for t in (out, plain, truth))
-    error, bound = relative_error(out, truth), error_bound(plain, truth, plain.dtype)
+    dtype = plain.dtype
+    out, plain, truth = (measure(t.masked_fill(unknown, 0)) for t in (out, plain, truth))
+    error, bound = relative_error(out, truth), error_bound(plain, truth, dtype)
     if error <= bound:
         return Finding(error, bound)
     told = f"{name} is off by {error:.2g}, at most {bound:.2g} is right"
