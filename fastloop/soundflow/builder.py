@@ -21,6 +21,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from . import voices
 from .clips import DataError
 from .compose import Composed
 from .corpus import write_shard
@@ -117,7 +118,11 @@ class Workshop:
             planner = LlmPlanner(
                 GrammarPlanner(scenarios, library, exclude), config.llm_url, config.llm_model, kept
             )
-        self.mix = Mix(library, chosen_tasks(config.tasks), planner, config.tfjp)
+        tasks = chosen_tasks(config.tasks)
+        spoken = [task.name for task in tasks if task.script or task.question]
+        if spoken and not voices.available():
+            raise DataError(f"{voices.MISSING}, or leave out --tasks {','.join(spoken)}")
+        self.mix = Mix(library, tasks, planner, config.tfjp)
 
     def streams(self, number: int) -> Iterator[Composed]:
         """The streams of shard `number`; the last shard ends where the hours are full."""
@@ -163,8 +168,9 @@ def make_shard(config: BuildConfig, number: int, out: Path) -> Built:
 
 
 def fingerprint(config: BuildConfig) -> str:
-    """A hash of all that decides the bytes: settings, manifest, scenarios; not where they lie."""
+    """A hash of all that decides the bytes: settings, manifest, scenarios, voices; not where they lie."""
     settings = asdict(config) | {"manifest": "", "scenarios": "", "llm_url": "", "llm_kept": ""}
+    settings["voices"] = voices.version()
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for path in (config.manifest, *config.scenarios):
         try:

@@ -18,7 +18,9 @@ from .synth import Rng, Sound
 
 ENGLISH = {"train": ("en-us", "en-gb", "en-029", "en-gb-scotland"), "val": ("en-gb-x-rp", "en-gb-x-gbclan")}
 VARIANTS = {"train": ("m1", "m2", "m3", "m4", "m5", "f1", "f2", "f3"), "val": ("m6", "m7", "f4", "f5")}
-MISSING = "espeak-ng is not installed, and speech is made with it: install it (apt-get install espeak-ng)"
+MISSING = (
+    "espeak-ng is not installed, and synthetic speech is made with it: install it (apt-get install espeak-ng)"
+)
 
 
 @dataclass(frozen=True)
@@ -45,12 +47,28 @@ def available() -> bool:
     return shutil.which("espeak-ng") is not None
 
 
+@functools.cache
+def version() -> str:
+    """What espeak-ng says of itself, or "" where it is missing: the same version speaks the same bytes."""
+    if not available():
+        return ""
+    done = subprocess.run(["espeak-ng", "--version"], capture_output=True, text=True, timeout=60, check=False)
+    return done.stdout.partition("Data at")[0].strip()
+
+
 def draw(rng: Rng, split: str, language: str = "en") -> Voice:
     """A random voice of the split; any split but `train` has the voices of `val`."""
     kind = "train" if split == "train" else "val"
     accent = rng.choice(ENGLISH[kind]) if language == "en" else language
     name = f"{accent}+{rng.choice(VARIANTS[kind])}"
     return Voice(name, int(rng.integers(120, 190)), int(rng.integers(25, 75)))
+
+
+@functools.cache
+def _languages() -> frozenset[str]:
+    """What espeak-ng can speak: asked for anything else, it takes its default voice without a word."""
+    done = subprocess.run(["espeak-ng", "--voices"], capture_output=True, text=True, timeout=60, check=False)
+    return frozenset(line.split()[1] for line in done.stdout.splitlines()[1:] if len(line.split()) > 1)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -60,6 +78,9 @@ def speak(voice: Voice, text: str) -> Sound:
     """
     if not available():
         raise DataError(MISSING)
+    language = voice.name.partition("+")[0]
+    if not any(name == language or name.startswith(f"{language}-") for name in _languages()):
+        raise DataError(f"espeak-ng has no voice {voice.name!r}; `espeak-ng --voices` lists its languages")
     command = [
         "espeak-ng",
         "-v",

@@ -1,0 +1,320 @@
+"""Streams: what is heard is where the record says, as loud as it says, and answered as it should be."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fastloop.config import SAMPLE_RATE
+from fastloop.soundflow import voices
+from fastloop.soundflow.abilities import sub_tasks
+from fastloop.soundflow.clips import DataError, Unreadable
+from fastloop.soundflow.compose import compose
+from fastloop.soundflow.grammar import Rule
+from fastloop.soundflow.grounding import Layer, Part, Plan
+from fastloop.soundflow.questions import ask
+from fastloop.soundflow.render import render
+from fastloop.soundflow.scenes import AUDIBLE
+from fastloop.soundflow.sequence import Reply
+from fastloop.soundflow.shards import SILENCE, parse_stream
+from fastloop.soundflow.sounds import Library, sound_of
+from fastloop.soundflow.streams import default_mix, stream
+from fastloop.soundflow.suitability import Limits, problems
+
+SPOKEN = pytest.mark.skipif(not voices.available(), reason="espeak-ng is not installed")
+
+
+def part(label: str, source: str, gap_s: float = 1.0, **fields: Any) -> Part:
+    reply = fields.pop("reply", sound_of(label).reply)
+    return Part(label, (source,), 1, gap_s, -20.0, 6.0, reply, pauses_s=(0.0,), **fields)
+
+
+def plan(*parts: Part, seconds: float = 12.0, layers: tuple[Layer, ...] = (), **fields: Any) -> Plan:
+    return Plan("x", "train", 0, "lab", "none", "none", seconds, layers, parts, **fields)
+
+
+def foreground(made: Any) -> list[dict[str, Any]]:
+    return [turn for turn in made.record["turns"] if "level_db" in turn]
+
+
+# ---- times and levels
+
+
+@pytest.mark.parametrize("tfjp", [False, True])
+@pytest.mark.parametrize("seed", range(8))
+def test_an_event_is_heard_exactly_when_the_record_says(library: Library, seed: int, tfjp: bool) -> None:
+    """In whatever room, through whatever microphone: an onset within 30 dB of the peak."""
+    made = compose(plan(replace(part("siren", "train-siren"), seed=seed), tfjp=tfjp), library)
+    (turn,) = foreground(made)
+    heard = np.flatnonzero(np.abs(made.pcm) >= AUDIBLE * np.abs(made.pcm).max()) / SAMPLE_RATE
+    assert abs(heard[0] - turn["start_s"]) < 0.008
+    assert abs(heard[-1] + 1 / SAMPLE_RATE - turn["end_s"]) < 0.008
+    assert turn["answer_s"] == pytest.approx(turn["start_s"] + sound_of("siren").heard_s, abs=1e-3)
+
+
+def test_prepared_clips_begin_at_half_chunks(library: Library) -> None:
+    made = compose(plan(part("dog", "train-dog", 0.33), part("coughing", "train-coughing", 0.9)), library)
+    first = np.flatnonzero(made.pcm)[0] / SAMPLE_RATE
+    assert 0.4 <= first < 0.4 + 0.016  # 0.33 s, rounded up, behind the fade
+    core_of_dog = library.prepared(library.clip("train-dog"))[1][0] / SAMPLE_RATE
+    assert abs(foreground(made)[0]["start_s"] - 0.4 - core_of_dog) < 0.04
+
+
+def test_levels_are_those_of_the_record(library: Library) -> None:
+    bed = Layer("rain", "train-rain", 3, 0.0, 12.0, -40.0)
+    whole = compose(plan(part("dog", "train-dog", 3.0), layers=(bed,)), library)
+    alone = compose(plan(layers=(bed,)), library)
+    (turn,) = foreground(whole)
+    span = slice(round(turn["start_s"] * SAMPLE_RATE), round(turn["end_s"] * SAMPLE_RATE))
+    event, rest = (whole.pcm - alone.pcm)[span].astype(float), alone.pcm[span].astype(float)
+    level = 10 * np.log10(np.mean(event**2))
+    assert turn["level_db"] == pytest.approx(level, abs=0.3)  # rounded to 0.1, ends rounded to samples
+    assert turn["snr_db"] == pytest.approx(level - 10 * np.log10(np.mean(rest**2)), abs=0.3)
+    assert 10 * np.log10(np.mean(alone.pcm**2)) == pytest.approx(-40, abs=1.5)
+
+
+def test_a_bed_shorter_than_the_stream_goes_on_without_a_seam(library: Library) -> None:
+    bed = Layer("rain", "train-rain", 3, 0.0, 12.0, -30.0)  # a clip of 3 s
+    x = compose(plan(layers=(bed,)), library).pcm.astype(float)
+    blocks = 10 * np.log10(np.mean(x[: len(x) // 1600 * 1600].reshape(-1, 1600) ** 2, axis=1))
+    assert np.abs(blocks - np.median(blocks)).max() < 6
+
+
+# ---- what is answered
+
+
+def test_digits_are_answered_one_by_one_and_other_words_are_not(library: Library) -> None:
+    made = compose(plan(part("digits_in_speech", "train-m"), part("spoken_digits", "train-s")), library)
+    said = [(turn["user"], turn["assistant"], turn["answer_s"]) for turn in foreground(made)]
+    assert [row[:2] for row in said] == [("enter", SILENCE), ("six", "6"), ("four", "4"), ("two", "2")]
+    assert said[0][2] is None
+    for turn in foreground(made)[1:]:
+        assert turn["answer_s"] == pytest.approx(turn["end_s"], abs=1e-3)
+
+
+def test_a_string_of_clips_keeps_their_order_and_pauses(library: Library) -> None:
+    names = ("train-d7", "train-d0", "train-d7")
+    string = Part("spoken_digits", names, 1, 1.0, -20.0, 30.0, pauses_s=(0.0, 0.3, 0.6), speed=1.1)
+    turns = foreground(compose(plan(string), library))
+    assert [turn["assistant"] for turn in turns] == ["7", "0", "7"]
+    assert [turn["audio_path"] for turn in turns] == list(names)
+    gaps = [b["start_s"] - a["end_s"] for a, b in itertools.pairwise(turns)]
+    assert 0.3 <= gaps[0] < 0.4 and 0.6 <= gaps[1] < 0.7  # with the margins of what is heard
+
+
+def test_the_same_sound_going_on_is_answered_once(library: Library) -> None:
+    sounds = [part("siren", "train-siren"), part("dog", "train-dog", 0.5), part("siren", "train-siren", 0.5)]
+    turns = foreground(compose(plan(*sounds, seconds=20.0), library))
+    assert [turn["answer_s"] is None for turn in turns] == [False, True, True]
+
+
+def test_a_sound_that_is_to_be_answered_again_waits(library: Library) -> None:
+    turns = foreground(compose(plan(*[part("coughing", "train-coughing", 0.5)] * 2, seconds=20.0), library))
+    assert all(turn["answer_s"] is not None for turn in turns)
+    assert turns[1]["start_s"] - turns[0]["end_s"] >= 5.0
+
+
+@pytest.mark.parametrize(("within_s", "changed"), [(9.0, True), (0.2, False)])
+def test_a_rule_changes_the_answer_within_its_time(library: Library, within_s: float, changed: bool) -> None:
+    rule = Rule("coughing", "siren", within_s, Reply("Smoke?", "urgent"))
+    sounds = part("siren", "train-siren"), part("coughing", "train-coughing", 1.0)
+    turns = foreground(compose(plan(*sounds, rules=(rule,)), library))
+    assert (turns[1]["assistant"] == "Smoke?") == changed
+    assert turns[1]["emotion"] == ("urgent" if changed else "normal")
+
+
+def test_a_rule_without_reply_means_silence_and_an_own_reply_outdoes_rules(library: Library) -> None:
+    rules = (Rule("coughing", "siren", 9.0, None),)
+    siren, cough = part("siren", "train-siren"), part("coughing", "train-coughing")
+    assert foreground(compose(plan(siren, cough, rules=rules), library))[1]["answer_s"] is None
+    own = replace(cough, own=True)
+    assert foreground(compose(plan(siren, own, rules=rules), library))[1]["answer_s"] is not None
+
+
+def test_what_does_not_fit_is_left_out(library: Library) -> None:
+    made = compose(plan(*[part("dog", "train-dog", 2.0)] * 9, seconds=8.0), library)
+    assert len(foreground(made)) < 3 and len(made.pcm) == 8 * SAMPLE_RATE
+
+
+# ---- sources
+
+
+def test_unknown_sources_and_unreadable_clips_are_named(library: Library) -> None:
+    with pytest.raises(DataError, match="no clip 'nothing'"):
+        compose(plan(part("dog", "nothing")), library)
+    with pytest.raises(DataError, match="no voice"):
+        compose(plan(part("speech", "espeak-ng/en", text="hello")), library)
+
+
+@pytest.mark.parametrize("known_before", [False, True])
+def test_a_stream_goes_round_clips_that_cannot_be_read(
+    folder: Any, tmp_path: Path, known_before: bool
+) -> None:
+    """And its bytes do not depend on what the library had met before."""
+    for file in folder.path.iterdir():
+        (tmp_path / file.name).write_bytes(b"" if file.name == "train-dog.flac" else file.read_bytes())
+    library = Library.open(tmp_path / "manifest.jsonl", "train")
+    mix = default_mix(library, ["know_when_to_be_silent"])
+    if known_before:
+        with pytest.raises(Unreadable):
+            library.pcm(library.clip("train-dog"))
+    made = [stream(0, index, mix, 20.0) for index in range(5)]
+    assert list(library.unreadable) == ["train-dog"]
+    assert not any(t["audio_path"] == "train-dog" for m in made for t in m.record["turns"])
+    fresh = default_mix(Library.open(tmp_path / "manifest.jsonl", "train"), ["know_when_to_be_silent"])
+    for index in (4, 1):  # in another order
+        again = stream(0, index, fresh, 20.0)
+        assert np.array_equal(again.pcm, made[index].pcm) and again.record == made[index].record
+
+
+def test_a_sound_is_shortened_in_a_pause(library: Library) -> None:
+    long = replace(part("siren", "synthetic:smoke_alarm"), longest_s=3.0)
+    assert render(library, long, 3.0).spans[0].end_s < 3.8  # and the room's tail
+
+
+# ---- all sub-tasks
+
+
+@SPOKEN
+@pytest.mark.parametrize("name", [task.name for task in sub_tasks().values() if task.generated])
+@pytest.mark.parametrize("tfjp", [True, False])
+def test_streams_of_every_sub_task_are_whole(library: Library, name: str, tfjp: bool) -> None:
+    mix = replace(default_mix(library, [name]), tfjp=tfjp)
+    for index in range(2):
+        made = stream(11, index, mix)
+        parsed = parse_stream(made.record)
+        assert parsed.sub_task == name and parsed.ability == sub_tasks()[name].ability
+        assert made.pcm.dtype == np.float32 and np.isfinite(made.pcm).all() and np.abs(made.pcm).max() < 1
+        assert np.array_equal(made.pcm * 32768, np.round(made.pcm * 32768))
+        assert len(made.pcm) == round(parsed.seconds * SAMPLE_RATE) and len(made.pcm) % 6400 == 0
+        assert not problems(made.pcm, made.record)
+        for turn in parsed.turns:
+            assert turn.answer_s is None or turn.start_s < turn.answer_s < parsed.seconds
+            assert turn.emotion in (None, "happy", "sad", "angry", "surprise", "normal", "urgent")
+
+
+@SPOKEN
+def test_instructions_hold_for_the_rest_of_the_stream(library: Library) -> None:
+    seen = Counter[str]()
+    for index in range(4):
+        for name in ("notify_when", "stay_quiet_about", "count_events"):
+            turns = foreground(stream(2, index, default_mix(library, [name]), 28.0))
+            told = next(turn for turn in turns if turn["label"] == "instruction")
+            about = [turn for turn in turns if sound_of(turn["label"]).words in told["user"]]
+            if name == "notify_when":
+                assert all(t["assistant"].startswith("I hear") for t in about if t["answer_s"])
+                seen[name] += sum(t["answer_s"] is not None for t in about)
+            elif name == "stay_quiet_about":
+                assert all(t["answer_s"] is None for t in about)
+                seen[name] += len(about)
+            else:
+                assert [t["assistant"] for t in about] == [f"{i}." for i in range(1, len(about) + 1)]
+                seen[name] += len(about)
+    assert len(seen) == 3 and min(seen.values()) >= 4
+
+
+@SPOKEN
+def test_voices_of_val_are_not_those_of_train(manifest: Path) -> None:
+    used: dict[str, set[str]] = {}
+    for split in ("train", "val"):
+        mix = default_mix(Library.open(manifest, split), ["dictation", "speech_to_english"])
+        made = [stream(0, index, mix) for index in range(6)]
+        sources = [turn["audio_path"] for m in made for turn in m.record["turns"]]
+        used[split] = {s.split("/")[1].partition("+")[2] for s in sources if s.startswith("espeak-ng/")}
+    assert used["train"] and used["val"] and used["train"].isdisjoint(used["val"])
+
+
+@SPOKEN
+def test_speech_is_cut_to_what_is_heard_and_an_unknown_voice_is_an_error() -> None:
+    x = voices.speak(voices.Voice("en-us+m1", 150, 50), "seven")
+    assert 0.2 < len(x) / SAMPLE_RATE < 1.0 and np.abs(x[:400]).max() > 0 and np.abs(x[-1]) > 0
+    with pytest.raises(DataError, match="no-such-voice"):
+        voices.speak(voices.Voice("no-such-voice", 150, 50), "seven")
+
+
+def test_speech_without_espeak_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(voices.shutil, "which", lambda name: None)
+    with pytest.raises(DataError, match="apt-get install espeak-ng"):
+        voices.speak(voices.Voice("en-us+m1", 151, 50), "never said before")
+
+
+# ---- history
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_answers_about_the_past_are_true(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    labels = [
+        str(label) for label in rng.choice(["dog", "siren", "coughing", "rooster"], int(rng.integers(0, 6)))
+    ]
+    question = ask(rng, [{"label": label} for label in labels], {"rooster"})
+    said, answer = question.text, question.answer.text
+    words = [sound_of(label).words for label in labels]
+    if match := re.fullmatch(r"how many times did you hear (.+)\?", said):
+        assert answer == f"{words.count(match[1])}." and match[1] != "a rooster"
+    elif match := re.fullmatch(r"did you hear (.+)\?", said):
+        assert answer == ("Yes." if match[1] in words else "No.") and match[1] != "a rooster"
+    else:
+        expected = {"first": words[:1], "last": words[-1:]}.get(said.rstrip("?").split()[-1], words[:1])
+        assert answer.lower() == f"{(expected or ['nothing special'])[0]}."
+        assert said != "what did you hear?" or len(set(words)) < 2
+
+
+def test_a_string_of_digits_counts_as_one_sound() -> None:
+    turns = [{"label": label} for label in ["spoken_digits"] * 4 + ["dog"]]
+    counted = [ask(np.random.default_rng(seed), turns) for seed in range(60)]
+    answers = {q.answer.text for q in counted if "times" in q.text and "digits" in q.text}
+    assert answers == {"1."}
+
+
+# ---- suitability
+
+
+def turn(**fields: Any) -> dict[str, Any]:
+    return {
+        "label": "siren",
+        "start_s": 1.0,
+        "end_s": 2.0,
+        "answer_s": 1.5,
+        "snr_db": 9.0,
+        "level_db": -30.0,
+    } | fields
+
+
+@pytest.mark.parametrize(
+    ("turns", "kind"),
+    [
+        ([turn()], None),
+        ([turn(), turn(start_s=1.8, end_s=3.0, answer_s=2.2)], None),
+        ([turn(), turn(start_s=1.2, end_s=3.0, answer_s=2.2)], "overlap"),
+        ([turn(), turn(start_s=1.2, end_s=3.0, answer_s=None)], None),
+        ([turn(snr_db=1.0)], "snr"),
+        ([turn(snr_db=1.0, answer_s=None)], None),
+        (
+            [turn(snr_db=1.0, answer_s=None), turn(label="question", start_s=3, end_s=3.5, answer_s=3.5)],
+            "snr",
+        ),
+        ([turn(level_db=-70.0)], "level"),
+        ([turn(end_s=1.01)], "duration"),
+        ([turn(answer_s=4.5)], "duration"),
+    ],
+)
+def test_what_makes_a_stream_unsuitable(turns: list[dict[str, Any]], kind: str | None) -> None:
+    found = problems(np.zeros(4 * SAMPLE_RATE), {"duration_s": 4.0, "turns": turns})
+    assert [line.partition(":")[0] for line in found] == ([kind] if kind else [])
+
+
+def test_clipped_and_mismatched_sound_is_unsuitable() -> None:
+    x = np.zeros(4 * SAMPLE_RATE)
+    x[:100] = 1.0
+    assert problems(x, {"duration_s": 4.0, "turns": []})[0].startswith("clipping")
+    assert not problems(x, {"duration_s": 4.0, "turns": []}, Limits(clipped=0.01))
+    assert problems(x * np.nan, {"duration_s": 4.0, "turns": []})[0].startswith("clipping")
+    assert problems(x * 0, {"duration_s": 5.0, "turns": []})[0].startswith("duration")
