@@ -48,9 +48,12 @@ def flac(seconds: float, seed: int = 0, rate: int = SAMPLE_RATE) -> bytes:
     return buffer.getvalue()
 
 
-def two_streams(directory: Path) -> Path:
+def two_streams(directory: Path, split: str = "train") -> Path:
+    """A shard of two streams, of 4 and 5.3 s."""
+    directory.mkdir(parents=True, exist_ok=True)
+    lengths = {"a": 4.0, "b": 5.3}
     samples = [
-        (record(name, seconds), flac(seconds, i))
-        for i, (name, seconds) in enumerate((("a", 4.0), ("b", 5.3)))
+        (record(name, seconds, split=split), flac(seconds, seed))
+        for seed, (name, seconds) in enumerate(lengths.items())
     ]
-    return write_shard(directory / "train-0.tar", samples)
+    return write_shard(directory / f"{split}-0.tar", samples)

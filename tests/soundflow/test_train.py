@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from fastloop.checkpoint import load
 from fastloop.cli import app
 from fastloop.config import ConfigError
+from fastloop.soundflow import sweep
 from fastloop.soundflow.batches import BatchPlan
 from fastloop.soundflow.objective import Weighting
 from fastloop.soundflow.report import read_log
@@ -223,3 +224,28 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
         assert done.exit_code == 2
         assert words in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_sweep_trains_each_value_and_puts_them_into_one_table(tmp_path: Path) -> None:
+    shards = [two_streams(tmp_path / split, split) for split in ("train", "val")]
+    stage = tmp_path / "tiny.yaml"
+    stage.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(tiny())))))
+    arguments = [
+        str(stage),
+        "--vary",
+        "loss.control_weight=0.5,2",
+        "--data",
+        str(shards[0]),
+        "--val",
+        str(shards[1]),
+    ]
+    sweep.main([*arguments, "--steps", "3", "--out", str(tmp_path / "o")])
+    rows = (tmp_path / "o" / "sweep.md").read_text().splitlines()
+    assert [row.split("|")[1].strip() for row in rows] == ["loss.control_weight", "---", "0.5", "2"]
+    weights = [
+        json.loads((tmp_path / "o" / v / "stage.json").read_text())["loss"]["control_weight"]
+        for v in ("0.5", "2")
+    ]
+    assert weights == [0.5, 2]
+    with pytest.raises(ConfigError, match="unknown; known are"):
+        sweep.changed(tiny(), "loss.lambda", 1, 3)

@@ -1,0 +1,102 @@
+"""One stage, trained several times with one thing changed, and what each model scores: an ablation.
+
+    python -m fastloop.soundflow.sweep nano --vary loss.control_weight=0.5,1,2 --data corpus --val corpus \\
+        --steps 600 --out runs/lambda
+    ... --vary model.chunk_frames=20,40,80 ...
+    ... --vary data=corpus,corpus-without-tfjp ...
+
+Every value is trained from the same seed (or from the same checkpoint, --from) for the same number of
+steps, and scored on the same streams. `sweep.json` and `sweep.md` in --out hold the table; a value whose run
+is complete is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from ..checkpoint import load
+from ..config import ConfigError
+from .evaluate import Scores, match, score
+from .hear import Hearing, hear
+from .scorecard import write_json
+from .shards import find_shards
+from .stage import Stage, read_stage, stage_from
+from .trainer import MODEL, STATE, Trainer
+from .truth import Pair, read_truth
+
+SHOWN = ("f1", "sound_f1", "digits_f1", "word_error_rate", "false_triggers_per_hour", "silent_clips_right")
+
+
+def changed(stage: Stage, field: str, value: Any, steps: int) -> Stage:
+    """The stage with `a.b` = value, `steps` long, the last third of them at a falling rate."""
+    values = dataclasses.asdict(stage) | {"steps": steps, "decay": steps // 3, "warmup": min(100, steps // 6)}
+    *path, leaf = field.split(".")
+    place = values
+    for name in path:
+        if not isinstance(place.get(name), dict):
+            raise ConfigError(f"--vary {field}: stage {stage.name!r} has no {name}")
+        place = place[name]
+    if leaf not in place:
+        raise ConfigError(f"--vary {field}: unknown; known are {', '.join(sorted(place))}")
+    place[leaf] = value
+    return stage_from(values, f"--vary {field}={value}")
+
+
+def train_and_score(
+    stage: Stage, data: Sequence[Path], out: Path, source: str | None, val: Sequence[Pair]
+) -> Scores:
+    """Train (or go on, or leave as it is, where it is complete) and score the last model."""
+    resume = (out / STATE).exists()
+    trainer = Trainer(stage, find_shards(data), out, source=source, resume=resume)
+    if trainer.step < stage.steps and not trainer.run():
+        raise SystemExit(130)
+    model = load(out / MODEL, dtype="float32")
+    answers = hear(model, [pcm for _, pcm in val], Hearing())
+    return score([match(stream, said) for (stream, _), said in zip(val, answers, strict=True)])
+
+
+def table(field: str, found: dict[str, Scores]) -> str:
+    """Markdown: a row a value."""
+    head = [field, *(name.replace("_", " ") for name in SHOWN)]
+    rows = [head, ["---"] * len(head)]
+    rows += [[value, *(str(s.figures[name]) for name in SHOWN)] for value, s in found.items()]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastloop.soundflow.sweep", description=__doc__)
+    parser.add_argument("stage")
+    parser.add_argument("--vary", required=True, help="FIELD=VALUE,VALUE,... or data=DIR,DIR,...")
+    parser.add_argument("--data", type=Path, action="append", default=[])
+    parser.add_argument("--val", type=Path, action="append", required=True)
+    parser.add_argument("--streams", type=int, default=0, help="of --val; 0: all")
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--from", dest="source")
+    parser.add_argument("--threads", type=int, default=1)
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    field, _, values = given.vary.partition("=")
+    stage, val = read_stage(given.stage), read_truth(given.val, "val", print, given.streams)
+    given.out.mkdir(parents=True, exist_ok=True)
+    found: dict[str, Scores] = {}
+    for text in values.split(","):
+        data = [Path(text)] if field == "data" else given.data
+        one = changed(
+            stage, *(("seed", stage.seed) if field == "data" else (field, yaml.safe_load(text))), given.steps
+        )
+        found[text] = train_and_score(one, data, given.out / text.replace("/", "_"), given.source, val)
+        write_json(given.out / "sweep.json", {"vary": field, "steps": given.steps, "values": found})
+        (given.out / "sweep.md").write_text(table(field, found), encoding="utf-8")
+    print(table(field, found))
+
+
+if __name__ == "__main__":
+    main()
