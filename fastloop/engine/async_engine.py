@@ -95,6 +95,7 @@ class AsyncEngine:
 
     def _run(self) -> None:
         while not self._stop.is_set():
+            self._idle.clear()
             try:
                 busy = self.engine.step()
             except Exception as error:  # the model failed: tell every session, never hang
@@ -105,9 +106,6 @@ class AsyncEngine:
                     session.close()
                 self._idle.set()
                 return
-            if busy:
-                self._idle.clear()
-                continue
-            self._idle.set()
-            self.engine.work.wait()
-            self._idle.clear()
+            if not busy:
+                self._idle.set()
+                self.engine.work.wait()  # set until the next step begins, so `_wait_idle` sees one of the two
