@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..config import published_3b
+from ..config import MEL_BINS, published_3b
 from .block_attention import block_attention_triton
+from .conv_stem import conv_stem_triton
 from .layer_norm import layer_norm_triton
 from .linear import linear_quantized_triton, linear_triton
+from .paged_attention import paged_attention_triton
 from .rms_norm import rms_norm_triton
 from .rope_append import rope_append_triton
 
@@ -79,6 +81,22 @@ def _rope_append(rows: int, dtype: torch.dtype = BF16) -> None:
     rope_append_triton(qkv, bias, index, index, inv_freq, pages, pages)
 
 
+def _paged_attention(
+    rows: int, sequences: int, dtype: torch.dtype = BF16, page_dtype: torch.dtype | None = None
+) -> None:
+    pages = _empty(PAGES, PAGE, G, K, dtype=page_dtype or dtype)
+    index, table = _empty(sequences, dtype=I32), _empty(sequences, 64, dtype=I32)
+    starts, gaps = _empty(sequences + 1, dtype=I32), _empty(sequences, 2, dtype=I32)
+    paged_attention_triton(_empty(rows, H, K, dtype=dtype), pages, pages, table, starts, index, gaps)
+
+
+def _conv_stem(blocks: int, dtype: torch.dtype = BF16) -> None:
+    bias = _empty(E, dtype=dtype)
+    weight1, weight2 = _empty(E, MEL_BINS, 3, dtype=dtype), _empty(E, E, 3, dtype=dtype)
+    frames = _empty(blocks, MODEL.chunk_frames, MEL_BINS, dtype=F32)
+    conv_stem_triton(frames, weight1, bias, weight2, bias, _empty(100, E, dtype=dtype))
+
+
 QKV, FFN, VOCAB = MODEL.decoder.qkv_rows, MODEL.decoder.ffn, MODEL.decoder.vocab_padded
 LINEAR: dict[str, Callable[[int], None]] = {  # the matrices of the model, by the rows of a call
     "decoder qkv": lambda rows: _linear(rows, D, QKV),
@@ -124,5 +142,18 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
         "a chunk": lambda: block_attention_triton(_empty(1, 20, 3 * E), MODEL.encoder.heads),
         "a block of offline mode": lambda: block_attention_triton(_empty(1, 100, 3 * E), MODEL.encoder.heads),
         "float32": lambda: block_attention_triton(_empty(1, 20, 3 * E, dtype=F32), MODEL.encoder.heads),
+    },
+    "paged_attention": {
+        "a listening step": lambda: _paged_attention(13, 1),
+        "a text token": lambda: _paged_attention(1, 1),
+        "64 listeners": lambda: _paged_attention(832, 64),
+        "64 speakers": lambda: _paged_attention(64, 64),
+        "fp8 pages": lambda: _paged_attention(13, 1, page_dtype=torch.float8_e4m3fn),
+        "float32": lambda: _paged_attention(13, 1, F32),
+    },
+    "conv_stem": {
+        "a chunk": lambda: _conv_stem(1),
+        "64 chunks": lambda: _conv_stem(64),
+        "float32": lambda: _conv_stem(1, F32),
     },
 }

@@ -69,10 +69,12 @@ def _tile(
 
 @triton.jit
 def _finish(
-    acc, up, scale, bias, residual, y, channel, mask, row, there, width, residual_stride,
+    acc, up, scale, bias, residual, y, channel, mask, row, there, width, residual_stride, period,
     EPILOGUE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """Store epilogue(acc) [channels, rows]; `up` is the second half of a gate, else unused."""
+    """Store epilogue(acc) [channels, rows]; `up` is the second half of a gate, else unused. The residual of a
+    row is row % period.
+    """
     GATE: tl.constexpr = EPILOGUE == "silu_gate"
     if HAS_SCALE:
         acc *= tl.load(scale + channel, mask=mask, other=0.0)[:, None]
@@ -87,16 +89,17 @@ def _finish(
     elif EPILOGUE == "gelu":
         acc = gelu(acc)
     both = mask[:, None] & there[None, :]
-    row = row.to(tl.int64)
     if HAS_RESIDUAL:
-        old = tl.load(residual + row[None, :] * residual_stride + channel[:, None], mask=both, other=0.0)
-        acc += old.to(tl.float32)
-    tl.store(y + row[None, :] * width + channel[:, None], narrow(acc, y.dtype.element_ty), mask=both)
+        old = residual + (row % period).to(tl.int64)[None, :] * residual_stride + channel[:, None]
+        acc += tl.load(old, mask=both, other=0.0).to(tl.float32)
+    tl.store(
+        y + row.to(tl.int64)[None, :] * width + channel[:, None], narrow(acc, y.dtype.element_ty), mask=both
+    )
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "period"])
 def _linear(
-    x, weight, scale, bias, residual, y, partial, rows, width, depth, x_stride, residual_stride,
+    x, weight, scale, bias, residual, y, partial, rows, width, depth, x_stride, residual_stride, period,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr, SPLITS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_DEPTH: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -145,8 +148,8 @@ def _linear(
 
     if SPLITS == 1:
         _finish(
-            acc, up, scale, bias, residual, y, channel, mask, row, there, width, residual_stride, EPILOGUE,
-            FORMAT == "scaled", HAS_BIAS, HAS_RESIDUAL,
+            acc, up, scale, bias, residual, y, channel, mask, row, there, width, residual_stride, period,
+            EPILOGUE, FORMAT == "scaled", HAS_BIAS, HAS_RESIDUAL,
         )  # fmt: skip
     else:
         stored: tl.constexpr = 2 if GATE else 1
@@ -157,9 +160,9 @@ def _linear(
             tl.store(place + width, up, mask=both)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "period"])
 def _add_splits(
-    partial, scale, bias, residual, y, rows, width, residual_stride,
+    partial, scale, bias, residual, y, rows, width, residual_stride, period,
     EPILOGUE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     SPLITS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -179,8 +182,8 @@ def _add_splits(
         if GATE:
             up += tl.load(place + width, mask=both, other=0.0)
     _finish(
-        acc, up, scale, bias, residual, y, channel, mask, row, there, width, residual_stride, EPILOGUE,
-        HAS_SCALE, HAS_BIAS, HAS_RESIDUAL,
+        acc, up, scale, bias, residual, y, channel, mask, row, there, width, residual_stride, period,
+        EPILOGUE, HAS_SCALE, HAS_BIAS, HAS_RESIDUAL,
     )  # fmt: skip
 
 
@@ -194,11 +197,11 @@ def depth_splits(tiles: int, steps: int, processors: int, most: int) -> int:
     return max(1, min(wanted, steps // LEAST_STEPS, most))
 
 
-def _run(
+def run_linear(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, epilogue: str,
-    residual: Tensor | None, weights: str, group: int,
+    residual: Tensor | None, weights: str = "plain", group: int = 1,
 ) -> Tensor:  # fmt: skip
-    """weights: "plain", "scaled" (one scale a channel) or "int4"."""
+    """weights: "plain", "scaled" (one scale a channel) or "int4". The residual's rows repeat."""
     rows, depth = x.shape[0], weight.shape[1]
     width = weight.shape[0] // 2 if epilogue == "silu_gate" else weight.shape[0]
     x, weight = rows_apart(x), weight.contiguous()
@@ -215,20 +218,20 @@ def _run(
     tiles = triton.cdiv(rows, block_rows) * triton.cdiv(width, block_out)
     steps = triton.cdiv(x.shape[1], config["BLOCK_DEPTH"])
     splits = depth_splits(tiles, steps, processors(x.device), most)
-    stride = 0 if residual is None else residual.stride(0)
+    stride, period = (0, 1) if residual is None else (residual.stride(0), max(residual.shape[0], 1))
     finish = {"EPILOGUE": epilogue, "HAS_BIAS": bias is not None, "HAS_RESIDUAL": residual is not None}
     partial = None
     if splits > 1:
         partial = torch.empty((splits, rows, weight.shape[0]), dtype=torch.float32, device=x.device)
     launch(
         _linear, (tiles, splits), x, weight, scale, bias, residual, y, partial, rows, width, depth,
-        x.stride(0), stride, FORMAT=weights, GROUP=group, SPLITS=splits, **finish, **config,
+        x.stride(0), stride, period, FORMAT=weights, GROUP=group, SPLITS=splits, **finish, **config,
     )  # fmt: skip
     if partial is not None:
         block = (min(128, triton.next_power_of_2(width)), min(4, triton.next_power_of_2(rows)))
         launch(
             _add_splits, (triton.cdiv(width, block[0]), triton.cdiv(rows, block[1])), partial, scale, bias,
-            residual, y, rows, width, stride, HAS_SCALE=weights == "scaled", SPLITS=splits,
+            residual, y, rows, width, stride, period, HAS_SCALE=weights == "scaled", SPLITS=splits,
             BLOCK_OUT=block[0], BLOCK_ROWS=block[1], **finish,
         )  # fmt: skip
     return y
@@ -247,7 +250,7 @@ def linear_triton(
     """
     check_linear(x, weight, bias, epilogue, residual)
     accept("linear", x=x, weight=weight, bias=bias, residual=residual)
-    return _run(x, weight, None, bias, epilogue, residual, "plain", 1)
+    return run_linear(x, weight, None, bias, epilogue, residual)
 
 
 def linear_quantized_triton(
@@ -289,7 +292,7 @@ def linear_quantized_triton(
     if scale.dtype != torch.float32:
         raise TypeError(f"linear: scale must be torch.float32, got {scale.dtype}")
     accept("linear", x=x, scale=scale, bias=bias, residual=residual)
-    return _run(x, weight, scale, bias, epilogue, residual, "int4" if packed else "scaled", group)
+    return run_linear(x, weight, scale, bias, epilogue, residual, "int4" if packed else "scaled", group)
 
 
 def pack_int4(weight: Tensor, group: int = 64) -> tuple[Tensor, Tensor]:

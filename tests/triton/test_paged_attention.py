@@ -1,0 +1,111 @@
+"""paged_attention in Triton against its definition: ragged rows, gaps, split contexts, poison around them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+
+from fastloop.testing.implementations import Implementation
+from fastloop.testing.op_cases import Case, paged_attention_case
+from fastloop.triton_kernels.launch import Launch, record_launches
+from fastloop.triton_kernels.paged_attention import paged_attention_triton, slot_splits
+
+Check = Callable[[str, Case], None]
+
+
+def generator(seed: int = 1) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def launches(case: Case) -> list[Launch]:
+    with record_launches() as recorded:
+        paged_attention_triton(**case.arguments)
+    return recorded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_equals_the_definition(check: Check, dtype: torch.dtype) -> None:
+    check("paged_attention", paged_attention_case(generator(), dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_split_contexts(check: Check, dtype: torch.dtype) -> None:
+    """A listener and a speaker far into their streams: several ranges each, some of them empty of keys."""
+    case = paged_attention_case(
+        generator(2), rows=(13, 1), lens=(400, 333), gaps=((5, 170), (0, 300)), dtype=dtype
+    )
+    main, combine = launches(case)
+    assert main.grid[2] > 1 and combine.kernel.__name__ == "_combine"
+    check("paged_attention", case)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_width"), [(1, 1, 1), (7, 1, 24), (6, 3, 96), (16, 2, 128)]
+)
+def test_any_heads(check: Check, heads: int, kv_heads: int, head_width: int) -> None:
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_width": head_width}
+    check(
+        "paged_attention",
+        paged_attention_case(generator(3), rows=(5, 1), lens=(40, 12), gaps=((3, 9),) * 2, **sizes),
+    )
+
+
+@pytest.mark.parametrize("page", [1, 7, 64])
+def test_any_page(check: Check, page: int) -> None:
+    check("paged_attention", paged_attention_case(generator(4), page=page))
+
+
+def test_pages_of_another_dtype(check: Check) -> None:
+    case = paged_attention_case(generator(5), dtype=torch.float16, page_dtype=torch.float32)
+    check("paged_attention", case)
+
+
+def test_text_alone(check: Check) -> None:
+    """One row of each of many sequences: the tiles are those of 16 packed rows."""
+    lens = [3, 50, 1, 120, 17, 64, 65]
+    case = paged_attention_case(
+        generator(6), rows=[1] * 7, lens=lens, gaps=[(0, 0)] * 7, heads=16, kv_heads=2
+    )
+    assert launches(case)[0].constants["TILE"] == 2
+    check("paged_attention", case)
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_ragged_batches(check: Check, data: st.DataObject) -> None:
+    """Any mix of rows per sequence (none, too), any context, any gap that leaves out the new rows."""
+    rows = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=4), label="rows")
+    lens, gaps = [], []
+    for count in rows:
+        lens.append(count + data.draw(st.integers(0 if count else 1, 150), label="context"))
+        begin = data.draw(st.integers(0, lens[-1] - count), label="gap begin")
+        gaps.append((begin, data.draw(st.integers(begin, lens[-1] - count), label="gap end")))
+    seed = data.draw(st.integers(0, 2**20), label="seed")
+    check("paged_attention", paged_attention_case(generator(seed), rows=rows, lens=lens, gaps=gaps))
+
+
+def test_what_is_not_finite_stays_in_its_sequence(device: str) -> None:
+    run = Implementation("paged_attention", "triton", device)
+    case = paged_attention_case(generator(7), rows=(13, 1, 13), lens=(30, 40, 25), gaps=((2, 5),) * 3)
+    clean = run(**case.arguments)
+    page = int(case.arguments["block_table"][1, 1])  # its slots 8..15
+    case.arguments["k_pages"][page, 3] = torch.inf
+    spoilt = run(**case.arguments)
+    others = torch.arange(27) != 13
+    assert not spoilt[13].isfinite().all()
+    assert torch.equal(spoilt[others], clean[others])
+
+
+def test_repeats_are_bit_equal(device: str) -> None:
+    run = Implementation("paged_attention", "triton", device)
+    case = paged_attention_case(generator(8), rows=(9, 1), lens=(150, 77), gaps=((0, 0),) * 2)
+    assert torch.equal(run(**case.arguments), run(**case.arguments))
+
+
+@pytest.mark.parametrize(("tiles", "expected"), [(1, 32), (4, 32), (8, 16), (66, 2), (116, 1), (10_000, 1)])
+def test_slot_splits(tiles: int, expected: int) -> None:
+    assert slot_splits(tiles, groups=2, processors=132, most=32) == expected
