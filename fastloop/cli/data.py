@@ -121,13 +121,43 @@ def _with_progress(config: BuildConfig, out: Path, workers: int, ray: bool) -> B
     from ..soundflow.builder import build
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console = Console(stderr=True)
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("shards", total=config.shards)
 
         def show(so_far: Built, shards: int) -> None:
             bar.update(task, completed=so_far.made + so_far.found, total=shards)
 
         return build(config, out, workers, ray, show)
+
+
+@data_app.command("import")
+def import_command(
+    source: Annotated[Path, typer.Argument(help="Online JSONL of the released training code.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    split: Annotated[str, typer.Option(help="train or val.")] = "train",
+    seed: Annotated[int, typer.Option(help="Of the noise between the clips.")] = 0,
+) -> None:
+    """Turn conversations in the released code's JSONL into shards.
+
+    A line is {"conversation": [{"audio_path", "assistant", "emotion"}, ...]}.
+
+    \b
+    Example:
+      fastloop data import conversations.jsonl --out corpus
+    """
+    from ..soundflow.clips import DataError
+    from ..soundflow.conversations import import_online
+
+    try:
+        done = import_online(source, out, split, seed)
+    except DataError as error:
+        _fail("import", error)
+    typer.echo(f"{out}: {done.streams} streams from {source}")
+    if done.skipped:
+        typer.echo(f"{len(done.skipped)} conversations were left out:")
+        for reason in done.skipped:
+            typer.echo(f"  {reason}")
 
 
 @data_app.command("inspect")

@@ -1,4 +1,4 @@
-"""JSONL of the released training code (repository xzf-thu/Audio-Interaction): read, check, turn into streams.
+"""JSONL of the released training code (repository xzf-thu/Audio-Interaction), read and checked.
 
     online    {"conversation": [{"audio_path", "assistant", "emotion"}, ...]}, or flat with "merge_path";
               later steps of that code write {"turns": [...]} with frames of noise before each turn
@@ -6,7 +6,7 @@
     tokens    {"tasks": "online" | "offline", "input_ids", "labels", "audio_pos", ...}, ready to train on
 
 A reply "<no need to response>" (with or without brackets) is silence; an emotion that is not given is
-"normal". Problems name file, line and field.
+"normal". Problems name file, line and field. conversations.py turns what is read into streams.
 """
 
 from __future__ import annotations
@@ -17,25 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from ..audio.files import read as read_audio
-from ..audio.pcm import AudioError
-from ..config import SAMPLE_RATE, ModelConfig
+from ..config import ModelConfig
 from ..text import Tokenizer, offline_ids, prefix_ids
 from .clips import DataError
-from .compose import Composed, Record, Turn, at_level
-from .render import audible
 from .sequence import IGNORED, Reply, TokenSequence
 from .shards import SILENCE
-from .sounds import GENERATORS
-from .synth import samples
-
-FRAME_S = 0.04  # an encoder frame of the released code
-LEAD_S = (20 * FRAME_S, 60 * FRAME_S)  # noise before each turn and after the last, as that code draws it
-CHUNK_S = 0.4
-NOISE_DB = (-60.0, -40.0)
 
 
 @dataclass(frozen=True)
@@ -147,66 +135,6 @@ def read_tokens(path: Path, audio_token: int | None = None) -> Iterator[TokenSeq
         if audio_token is not None and bool((tokens[audio] != audio_token).any()):
             raise DataError(f"{where}: audio_pos covers ids other than {audio_token}")
         yield TokenSequence(tokens, torch.tensor(labels), audio)
-
-
-# ---- into this project's own corpus
-
-
-def load(path: Path) -> np.ndarray:
-    """Any sound file, float32 [S] at 16 kHz mono; DataError where it cannot be read."""
-    try:
-        return np.concatenate(list(read_audio(path)))
-    except AudioError as error:
-        raise DataError(str(error)) from error
-
-
-def compose_online(turns: tuple[OnlineTurn, ...], name: str, seed: int, split: str = "train") -> Composed:
-    """A conversation as a stream: noise of 0.8 to 2.4 s, a clip, noise, ...; whole chunks of 0.4 s.
-
-    The answer to a clip is due when it has ended. DataError where a clip cannot be read.
-    """
-    rng = np.random.default_rng(seed)
-    pieces: list[np.ndarray] = []
-    rows: list[Turn] = []
-    at = 0
-    for turn in turns:
-        x = load(turn.audio)
-        lead = samples(rng.uniform(*LEAD_S))
-        pieces += [np.zeros(lead), x]
-        start, end = audible(x)
-        begin = (at + lead) / SAMPLE_RATE
-        rows.append(
-            {
-                "user": turn.user or turn.audio.stem,
-                "assistant": SILENCE if turn.reply is None else turn.reply.text,
-                "emotion": None if turn.reply is None else turn.reply.emotion,
-                "scene_type": "conversation",
-                "audio_path": turn.audio.name,
-                "label": "speech" if turn.user else "clip",
-                "start_s": round(begin + start, 4),
-                "end_s": round(begin + end, 4),
-                "answer_s": None if turn.reply is None else round(begin + end, 4),
-            }
-        )
-        at += lead + len(x)
-    chunk = samples(CHUNK_S)
-    count = -(-(at + samples(rng.uniform(*LEAD_S))) // chunk) * chunk
-    mix = np.concatenate([*pieces, np.zeros(count - at)])
-    mix += at_level(GENERATORS["noise"](rng, count / SAMPLE_RATE), rng.uniform(*NOISE_DB))
-    mix *= 0.99 / max(0.99, float(np.abs(mix).max()))
-    record: Record = {
-        "id": name,
-        "stream_scene_type": "conversation",
-        "num_turns": len(rows),
-        "ability": "voice_chat",
-        "sub_task": "released_online",
-        "split": split,
-        "seed": seed,
-        "duration_s": count / SAMPLE_RATE,
-        "audio_path": f"{name}.flac",
-        "turns": rows,
-    }
-    return Composed((np.round(mix * 32768) / 32768).astype(np.float32), record)
 
 
 def offline_sequence(
