@@ -17,6 +17,7 @@ from torch import Tensor
 from ..config import MEL_BINS, published_3b
 from .block_attention import block_attention_triton
 from .conv_stem import conv_stem_triton
+from .decide import decide_triton
 from .layer_norm import layer_norm_triton
 from .linear import linear_quantized_triton, linear_triton
 from .paged_attention import paged_attention_triton
@@ -97,6 +98,12 @@ def _conv_stem(blocks: int, dtype: torch.dtype = BF16) -> None:
     conv_stem_triton(frames, weight1, bias, weight2, bias, _empty(100, E, dtype=dtype))
 
 
+def _decide(rows: int, dtype: torch.dtype = BF16) -> None:
+    policy, state = _empty(1024, 3, dtype=F32), _empty(1024, 2, dtype=I32)
+    weight, head, slots = _empty(D, dtype=dtype), _empty(2, D, dtype=dtype), _empty(rows, dtype=I64)
+    decide_triton(_empty(rows, D, dtype=dtype), weight, 1e-6, head, slots, policy, state)
+
+
 QKV, FFN, VOCAB = MODEL.decoder.qkv_rows, MODEL.decoder.ffn, MODEL.decoder.vocab_padded
 LINEAR: dict[str, Callable[[int], None]] = {  # the matrices of the model, by the rows of a call
     "decoder qkv": lambda rows: _linear(rows, D, QKV),
@@ -155,5 +162,10 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
         "a chunk": lambda: _conv_stem(1),
         "64 chunks": lambda: _conv_stem(64),
         "float32": lambda: _conv_stem(1, F32),
+    },
+    "decide": {
+        "one stream": lambda: _decide(1),
+        "1024 streams": lambda: _decide(1024),
+        "float32": lambda: _decide(1, F32),
     },
 }
