@@ -68,24 +68,45 @@ def test_equals_the_plain_loop(
     assert engine.cache.allocator.used == 0 and engine.cache.allocator.promised == 0
 
 
-def test_33_sessions_with_random_starts_pushes_and_interrupts(model: Model, policy: DecisionPolicy) -> None:
-    rng = np.random.default_rng(0)
-    scripts = [
-        Script(
-            SessionConfig(policy=policy, sampling=Sampling(temperature=0.7), seed=i, max_response_tokens=16),
-            random_sound(0.4 * int(rng.integers(2, 10)), seed=i),
+@pytest.mark.parametrize(
+    ("sessions", "seed", "runner"), [(1, 0, "auto"), (2, 1, "eager"), (33, 2, "auto"), (33, 3, "eager")]
+)
+def test_sessions_with_random_starts_pushes_and_interrupts(
+    model: Model, policy: DecisionPolicy, sessions: int, seed: int, runner: str
+) -> None:
+    """Every eighth queues 50 chunks at once, every eighth answers at length while its sound comes in."""
+    rng = np.random.default_rng(seed)
+    scripts = []
+    for i in range(sessions):
+        long, queued = i % 8 == 7, i % 8 == 1
+        config = SessionConfig(
+            policy=DecisionPolicy(0.0, min_gap_s=2.0) if long else policy,
+            sampling=Sampling(temperature=1.5 if long else 0.7),
+            seed=i,
+            max_response_tokens=80 if long else 16,
+            window_s=[60.0, 4.0, None][i % 3],
+        )
+        script = Script(
+            config,
+            random_sound(20.0 if queued else 0.4 * int(rng.integers(2, 10)), seed=100 * seed + i),
             cancel_after={int(rng.integers(0, 3)): int(rng.integers(0, 10))},
             start_step=int(rng.integers(0, 20)),
-            push_samples=int(rng.integers(500, 16_000)),
+            push_samples=20 * 16_000 if queued else int(rng.integers(500, 16_000)),
         )
-        for i in range(33)
-    ]
-    engine = Engine(model, EngineConfig(max_sessions=33))
+        scripts.append(script)
+    limits = EngineConfig(max_sessions=sessions, kv_pages=80 * sessions, runner=runner)
+    engine = Engine(model, limits)
     results = run_engine(engine, scripts)
     for got, script in zip(results, scripts, strict=True):
         check_equal(got, expected(model, script))
+    engine.check()
+    assert engine.cache.allocator.used == 0 and engine.cache.allocator.promised == 0
     decisions = [e.decision for events in results for e in events if e.type == "decision"]
-    assert min(decisions.count("silent"), decisions.count("respond")) > 10, "the test must see both decisions"
+    assert min(decisions.count("silent"), decisions.count("respond")) > sessions // 3
+    if sessions > 2:
+        texts = [e.text for events in results for e in events if e.type == "response.end"]
+        reasons = {e.reason for events in results for e in events if e.type == "response.end"}
+        assert reasons == {"end", "length", "interrupt"} and max(map(len, texts)) > 40
 
 
 @pytest.mark.parametrize("speculative", [1, 8, 64])
