@@ -4,6 +4,7 @@ of what was drawn before, or of how many processes train. So a run that resumes 
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from ..text import Tokenizer
 from .augment import Augment, augment
 from .features import FeatureSet, clamp
 from .objective import Batch, collate
-from .sequence import build, due_replies, plan
+from .sequence import build, due_chunk, due_replies, plan
 from .shards import Stream, Turn
 
+QUESTION = "question"  # label of a spoken question about the stream
+LONGEST_EXCERPT = 40  # chunks
 RARE = 20  # a reply that fewer turns give has no class of its own, but that of its label
 
 
@@ -29,12 +32,15 @@ class BatchPlan:
 
     chunks: in a batch. rows_s: lengths of a row in seconds; a batch has one of them.
     balance: 0 draws streams alike, 1 so that every class of answer comes up alike.
+    excerpts: chance that a row is made of excerpts: a few seconds around an answer, of many streams, cut
+        and joined at chunks. Answers are rare in whole streams; here they come three times as often.
     other_prompt: chance that a row has another system prompt than the model's own.
     """
 
     chunks: int = 384
     rows_s: tuple[float, ...] = (12.8, 25.6)
     balance: float = 0.5
+    excerpts: float = 0.0
     other_prompt: float = 0.3
 
     def __post_init__(self) -> None:
@@ -111,12 +117,15 @@ class Batches:
         parts: list[Tensor] = []
         turns: list[Turn] = []
         have, chunk_s = 0, self.config.chunk_seconds
+        short = rng.random() < self.plan.excerpts
         while have < length:
             index = int(rng.choice(len(self.weights), p=self.weights))
-            part = self.features.raw(index)
-            turns += [shifted(turn, have * chunk_s) for turn in self.features.streams[index].turns]
-            parts.append(part)
-            have += len(part)
+            stream = self.features.streams[index]
+            chunks = self.features.chunks(index)
+            first, end = excerpt(stream, chunks, chunk_s, rng) if short else (0, chunks)
+            turns += [shifted(turn, have * chunk_s) for turn in cut(stream.turns, first, end, chunk_s)]
+            parts.append(self.features.raw(index, first, end))
+            have += end - first
         return torch.cat(parts)[:length], [turn for turn in turns if turn.start_s < length * chunk_s]
 
     def _noise(self, rng: np.random.Generator) -> Tensor | None:
@@ -132,11 +141,54 @@ class Batches:
         return torch.from_numpy(active.reshape(chunks, -1))
 
 
+def excerpt(stream: Stream, chunks: int, chunk_s: float, rng: np.random.Generator) -> tuple[int, int]:
+    """Chunks first..end around one of the stream's answers, or anywhere in it where it has none; the whole
+    stream where what is asked or still sounding would have to be cut.
+
+    No sound that was answered before the excerpt is heard in it: there it would look unanswered. A question
+    is never in it: what it asks about would be missing.
+    """
+    due = [turn for turn in stream.turns if turn.answer_s is not None]
+    before, after = int(rng.integers(1, 7)), int(rng.integers(2, 7))
+    at = int(rng.integers(chunks))
+    if due:
+        at = due_chunk(due[int(rng.integers(len(due)))].answer_s or 0.0, chunk_s)
+    first, end = max(0, at - before), min(chunks, at + after)
+    for turn in sorted(due, key=lambda turn: -turn.start_s):
+        if turn.start_s < first * chunk_s < turn.end_s:
+            first = int(turn.start_s / chunk_s)
+    inside = [turn for turn in due if turn.end_s > first * chunk_s and turn.start_s < end * chunk_s]
+    asked = any(turn.label == QUESTION for turn in inside)
+    return (0, chunks) if asked or not 0 < end - first <= LONGEST_EXCERPT else (first, end)
+
+
+def cut(turns: Sequence[Turn], first: int, end: int, chunk_s: float) -> list[Turn]:
+    """What is heard in the chunks first..end, in their own time. An answer that is due behind them is not
+    due at all.
+    """
+    start_s, end_s = first * chunk_s, end * chunk_s
+    found = []
+    for turn in turns:
+        if turn.end_s <= start_s or turn.start_s >= end_s:
+            continue
+        answered = turn.answer_s is not None and first <= due_chunk(turn.answer_s, chunk_s) < end
+        moved = dataclasses.replace(
+            turn,
+            start_s=max(turn.start_s, start_s),
+            end_s=min(turn.end_s, end_s),
+            reply=turn.reply if answered else None,
+            answer_s=turn.answer_s if answered else None,
+        )
+        found.append(shifted(moved, -start_s))
+    return found
+
+
 def shifted(turn: Turn, seconds: float) -> Turn:
     """The same turn, later."""
     answer_s = None if turn.answer_s is None else turn.answer_s + seconds
-    moved = {"start_s": turn.start_s + seconds, "end_s": turn.end_s + seconds, "answer_s": answer_s}
-    return Turn(**{**turn.__dict__, **moved})
+    return dataclasses.replace(
+        turn, start_s=turn.start_s + seconds, end_s=turn.end_s + seconds, answer_s=answer_s
+    )
 
 
 def spoken(streams: Iterable[Stream]) -> list[str]:

@@ -54,10 +54,16 @@ class FeatureSet:
     places: tuple[tuple[int, int], ...]
     frames: np.ndarray
 
-    def raw(self, index: int) -> Tensor:
-        """float32 [chunks, F, C] of one stream, a copy."""
+    def chunks(self, index: int) -> int:
+        """The length of a stream."""
         first, end = self.places[index]
-        return torch.from_numpy(self.frames[first:end].astype(np.float32))
+        return end - first
+
+    def raw(self, index: int, first: int = 0, end: int | None = None) -> Tensor:
+        """float32 [chunks, F, C] of one stream, or of its chunks first..end; a copy."""
+        start, stop = self.places[index]
+        stop = stop if end is None else min(stop, start + end)
+        return torch.from_numpy(self.frames[start + first : stop].astype(np.float32))
 
     def only(self, abilities: Sequence[str]) -> FeatureSet:
         """The streams of these abilities."""

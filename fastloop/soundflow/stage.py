@@ -80,6 +80,7 @@ class Stage:
     prompts: tuple[str, ...] = ()
     loss: Weighting = field(default_factory=Weighting, metadata={"cls": Weighting})
     batch: BatchPlan = field(default_factory=BatchPlan, metadata={"cls": BatchPlan})
+    late: BatchPlan | None = field(default=None, metadata={"cls": BatchPlan})  # while the rate falls
     augment: Augment = field(default_factory=Augment, metadata={"cls": Augment})
     model: NewModel | None = field(default=None, metadata={"cls": NewModel})
 
@@ -137,7 +138,9 @@ def read_stage(name_or_path: str) -> Stage:
 
 
 def stage_from(values: Any, where: str) -> Stage:
-    """Plain data -> Stage."""
+    """Plain data -> Stage; null is the same as not there."""
+    if isinstance(values, dict):
+        values = {name: value for name, value in values.items() if value is not None}
     try:
         return from_mapping(Stage, values, where)
     except TypeError as error:

@@ -99,15 +99,18 @@ class Trainer:
         if not resume and self.fabric.is_global_zero:
             self._describe()
         classes = self._classes(features, resume)
-        self.batches = Batches(
-            self.config,
-            self.tokenizer,
-            features,
-            classes,
-            seed=stage.seed,
-            plan=stage.batch,
-            augment=stage.augment,
-            prompts=stage.prompts,
+        self.batches, self.late = (
+            Batches(
+                self.config,
+                self.tokenizer,
+                features,
+                classes,
+                seed=stage.seed,
+                plan=plan,
+                augment=stage.augment,
+                prompts=stage.prompts,
+            )
+            for plan in (stage.batch, stage.late or stage.batch)
         )
         objective = Objective(
             Trainable(self.config, weights, len(classes) + 1, PRECISIONS[stage.precision]), stage.loss
@@ -249,10 +252,11 @@ class Trainer:
         stage, fabric = self.stage, self.fabric
         for group in self.optimizer.param_groups:
             group["lr"] = stage.rate(self.step)
+        batches = self.late if self.step >= stage.steps - stage.decay else self.batches
         found = torch.zeros(len(LOSSES))
         for part in range(stage.accumulate):
             number = (self.step * stage.accumulate + part) * fabric.world_size + fabric.global_rank
-            batch = self.batches[number].to(fabric.device)
+            batch = batches[number].to(fabric.device)
             with fabric.no_backward_sync(self.objective, enabled=part + 1 < stage.accumulate):
                 losses = self.objective(batch)
                 fabric.backward(losses[0] / stage.accumulate)

@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 from fastloop.config import small
 from fastloop.mel import MelState, mel_chunk
 from fastloop.soundflow.augment import Augment, augment, centres_hz, mix, warp
-from fastloop.soundflow.batches import Batches, BatchPlan, sound_classes
+from fastloop.soundflow.batches import Batches, BatchPlan, cut, excerpt, sound_classes
 from fastloop.soundflow.features import clamp, feature_set, raw_log_mel
 from fastloop.soundflow.objective import Objective, Weighting
 from fastloop.soundflow.sequence import IGNORED, due_chunk, due_replies
-from fastloop.soundflow.shards import ShardError, Turn, find_shards, parse_stream, read_streams
+from fastloop.soundflow.shards import ShardError, Stream, Turn, find_shards, parse_stream, read_streams
 from fastloop.soundflow.trainable import Trainable, initial_weights
 from fastloop.testing.cases import byte_tokenizer, random_sound
 from fastloop.testing.streams import flac, record, two_streams, write_shard
@@ -244,3 +244,40 @@ def test_the_keys_of_the_encoder_never_get_a_bias(tmp_path: Path) -> None:
     assert not k.any()
     assert q.any()
     assert v.any()
+
+
+# ---- excerpts
+
+
+def dense_stream(seed: int) -> Stream:
+    """40 s with sounds of all kinds, some of them one over the other."""
+    rng = np.random.default_rng(seed)
+    turns = []
+    for start_s in np.sort(rng.uniform(0, 38, rng.integers(0, 12))):
+        end_s = start_s + rng.uniform(0.2, 6)
+        label = str(rng.choice(["siren", "rain", "spoken_digits", "question"], p=[0.3, 0.3, 0.35, 0.05]))
+        due_s = None if label == "rain" else start_s + 0.8 * (end_s - start_s)
+        reply = None if due_s is None else "x"
+        turns.append(Turn("", reply, None, label, "", float(start_s), float(min(end_s, 40.0)), due_s))
+    return Stream("s", "street", "a", "b", "train", 40.0, tuple(turns))
+
+
+@given(st.integers(0, 10_000))
+def test_an_excerpt_asks_for_nothing_that_cannot_be_known_from_it(seed: int) -> None:
+    stream = dense_stream(seed)
+    first, end = excerpt(stream, 100, 0.4, np.random.default_rng(seed))
+    assert 0 <= first < end <= 100
+    if (first, end) == (0, 100):
+        return
+    for turn in stream.turns:
+        heard = turn.end_s > first * 0.4 and turn.start_s < end * 0.4
+        if heard and turn.answer_s is not None:
+            assert turn.label != "question"
+            assert turn.start_s >= first * 0.4 - 1e-9, "its beginning, and maybe its answer, was before"
+    inside = cut(stream.turns, first, end, 0.4)
+    length = (end - first) * 0.4
+    for turn in inside:
+        assert 0 <= turn.start_s <= turn.end_s <= length + 1e-9
+        assert turn.answer_s is None or due_chunk(turn.answer_s, 0.4) < end - first
+    answered = [t for t in stream.turns if t.answer_s and first <= due_chunk(t.answer_s, 0.4) < end]
+    assert sum(turn.reply is not None for turn in inside) == len(answered)
