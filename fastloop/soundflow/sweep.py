@@ -89,9 +89,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: dict[str, Scores] = {}
     for text in values.split(","):
         data = [Path(text)] if field == "data" else given.data
-        one = changed(
-            stage, *(("seed", stage.seed) if field == "data" else (field, yaml.safe_load(text))), given.steps
-        )
+        name, value = ("seed", stage.seed) if field == "data" else (field, yaml.safe_load(text))
+        one = changed(stage, name, value, given.steps)
         found[text] = train_and_score(one, data, given.out / text.replace("/", "_"), given.source, val)
         write_json(given.out / "sweep.json", {"vary": field, "steps": given.steps, "values": found})
         (given.out / "sweep.md").write_text(table(field, found), encoding="utf-8")
