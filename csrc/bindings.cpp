@@ -289,4 +289,17 @@ PYBIND11_MODULE(_native, m) {
              py::arg("positions"), py::arg("slots"), py::arg("row_starts"), py::arg("block_table"), py::arg("table_width"),
              py::arg("kv_lens"), py::arg("gaps"), py::arg("page_format"), py::arg("k_pages"), py::arg("v_pages"),
              py::arg("pages"), py::arg("page_tokens"), py::arg("logit_rows"), py::arg("logit_row"), py::arg("logits"));
+    m.def(
+        "ceiling",
+        [](int kind, Team& team, const char* isa) {
+            double rate = 0;
+            fastloop_status status;
+            {
+                py::gil_scoped_release release;
+                status = fastloop_ceiling(kind, team.handle.get(), isa, &rate);
+            }
+            check(status);
+            return rate;
+        },
+        py::arg("kind"), py::arg("team"), py::arg("isa") = py::none(), "fastloop_ceiling: operations or bytes a second.");
 }

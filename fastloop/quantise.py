@@ -10,11 +10,33 @@ LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339) for the row-wise scales; gro
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 GROUPS = (32, 64)
 SEARCHED = torch.linspace(0.85, 1.0, 6)  # factors of the plain int4 scale that are tried
+
+
+@dataclass(frozen=True)
+class Quantised:
+    """A matrix [O, D] as integers and scales; group: inputs that share a scale, 0 for the whole channel."""
+
+    values: Tensor  # int8 [O, D], or uint8 [O, D / 2]: two int4 in a byte
+    scale: Tensor  # float32 [O], or bfloat16 [O, D / group]
+    group: int = 0
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.values.shape[0], self.values.shape[1] * (2 if self.group else 1)
+
+    def dequantised(self) -> Tensor:
+        """float32 [O, D]."""
+        if self.group:
+            return dequantise_int4(self.values, self.scale)
+        return dequantise_int8(self.values, self.scale)
 
 
 def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,3 +84,14 @@ def dequantise_int4(packed: Tensor, scale: Tensor) -> Tensor:
     outputs, groups = scale.shape
     nibbles = torch.stack((packed & 15, packed >> 4), dim=2).view(outputs, groups, -1)
     return ((nibbles.float() - 8) * scale.float()[..., None]).view(outputs, -1)
+
+
+def _int8(weight: Tensor) -> Quantised:
+    return Quantised(*quantise_int8(weight))
+
+
+def _int4(weight: Tensor) -> Quantised:
+    return Quantised(*quantise_int4(weight, GROUPS[0]), GROUPS[0])
+
+
+QUANTISERS: dict[str, Callable[[Tensor], Quantised]] = {"int8": _int8, "int4": _int4}

@@ -1,7 +1,7 @@
 // A fixed team of threads: the caller and size() - 1 workers that wait for it, first spinning, then parked.
 //
-// A run is one function on every thread. Inside it the threads share work item by item (Crew::each): whoever is free takes
-// the next, so a core that others use too slows the team down by its own share only. Which thread computes an item
+// A run is one function on every thread. Inside it the threads share work item by item (Crew::each): who has done its own takes
+// some of the others, so a core that others use too slows the team down by its own share only. Which thread computes an item
 // changes nothing of its result.
 #pragma once
 
@@ -48,37 +48,51 @@ class Team {
     alignas(64) std::atomic<uint32_t> phase_{0};  // barriers passed
 };
 
-// Counters from which threads take items; one per call of Crew::each in a run.
+// Counters from which threads take items: one per thread for every call of Crew::each in a run.
 class Claims {
   public:
-    explicit Claims(size_t count) : counters_(count) {}
-    void clear() {
-        for (Counter& each : counters_) each.next.store(0, std::memory_order_relaxed);
+    // Zero for `threads` threads; those that the last run used.
+    void clear(size_t threads) {
+        for (size_t i = 0; i < used_; ++i) counters_[i].next.store(0, std::memory_order_relaxed);
+        if (counters_.size() < kCalls * threads) counters_ = std::vector<Counter>(kCalls * threads);
+        used_ = 0;
     }
     std::atomic<size_t>& at(size_t i) { return counters_[i].next; }
-    size_t size() const { return counters_.size(); }
+    // By one thread, when a run is over: how many counters it took.
+    void used(size_t count) { used_ = count; }
+
+    static constexpr size_t kCalls = 4096;  // of Crew::each in a run: some 400 layers
 
   private:
     struct Counter {
         alignas(64) std::atomic<size_t> next{0};
     };
     std::vector<Counter> counters_;
+    size_t used_ = 0;
 };
 
 // One thread of a run.
 class Crew {
   public:
     Crew(Team& team, Claims& claims, size_t thread) : thread(thread), team_(team), claims_(claims) {}
+    ~Crew() {
+        if (thread == 0) claims_.used(calls_ * team_.size());
+    }
 
-    // f(item) for every item < items, on whichever thread is free; behind it, all items are done.
+    // f(item) for every item < items; behind it, all items are done. Each thread walks through a run of its own, so that the
+    // memory behind it is one stream that can be fetched ahead; who has finished helps the others with the rest of theirs.
     template <class F>
     void each(size_t items, F&& f) {
-        std::atomic<size_t>& next = claims_.at(used_++);
-        if (team_.size() == 1) {
+        const size_t threads = team_.size(), first = calls_++ * threads;
+        if (threads == 1) {
             for (size_t item = 0; item < items; ++item) f(item);
             return;
         }
-        for (size_t item; (item = next.fetch_add(1, std::memory_order_relaxed)) < items;) f(item);
+        for (size_t i = 0; i < threads; ++i) {
+            const size_t owner = (thread + i) % threads, begin = items * owner / threads, end = items * (owner + 1) / threads;
+            std::atomic<size_t>& next = claims_.at(first + owner);
+            for (size_t item; (item = begin + next.fetch_add(1, std::memory_order_relaxed)) < end;) f(item);
+        }
         team_.barrier();
     }
 
@@ -87,13 +101,13 @@ class Crew {
   private:
     Team& team_;
     Claims& claims_;
-    size_t used_ = 0;
+    size_t calls_ = 0;
 };
 
 // f(crew) on every thread of a team.
 template <class F>
 void run(Team& team, Claims& claims, F&& f) {
-    claims.clear();
+    claims.clear(team.size());
     struct Context {
         Team& team;
         Claims& claims;

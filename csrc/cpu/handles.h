@@ -29,7 +29,7 @@ struct fastloop_weight {
 };
 
 struct fastloop_team {
-    explicit fastloop_team(size_t threads, bool pin) : team(threads, pin), claims(4096) {}
+    explicit fastloop_team(size_t threads, bool pin) : team(threads, pin) {}
     fastloop::Team team;
     fastloop::Claims claims;
 };

@@ -14,7 +14,7 @@ namespace fastloop {
 namespace {
 
 constexpr const char* kWhere = "linear";
-constexpr size_t kClaimBytes = 128 << 10;  // of weights: what a thread takes at a time, so that the stream of each stays long
+constexpr size_t kClaimBytes = 64 << 10;  // of weights: what a thread takes at a time
 
 // Row of the caller's matrix that channel `channel` of the panels holds, or O for a filler.
 size_t source_row(const Weight& w, size_t channel) {

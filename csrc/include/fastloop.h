@@ -217,6 +217,18 @@ typedef struct fastloop_decode_params {
 } fastloop_decode_params;
 FASTLOOP_API fastloop_status fastloop_decode(fastloop_decoder* decoder, const fastloop_decode_params* params);
 
+/* ---- measuring ---------------------------------------------------------------------------------------------------- */
+
+typedef enum fastloop_ceiling_kind {
+    FASTLOOP_CEILING_FLOAT32 = 0, /* products and sums a second, of the densest loop */
+    FASTLOOP_CEILING_BFLOAT16 = 1,
+    FASTLOOP_CEILING_INT8 = 2,
+    FASTLOOP_CEILING_READ = 3 /* bytes a second from memory */
+} fastloop_ceiling_kind;
+
+/* The best of several tries on all threads of the team, together some 0.1 s; `read` allocates 256 MB meanwhile. */
+FASTLOOP_API fastloop_status fastloop_ceiling(int32_t kind, fastloop_team* team, const char* isa, double* per_second);
+
 #ifdef __cplusplus
 }
 #endif

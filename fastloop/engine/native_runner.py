@@ -23,7 +23,7 @@ from ..config import MEL_BINS
 from ..decision import DecisionState
 from ..mel import MelState
 from ..ops.native import require_native
-from ..quantise import GROUPS, quantise_int4, quantise_int8
+from ..quantise import QUANTISERS, Quantised
 from .kv_cache import KVCache
 from .runner import EagerRunner, StepBatch, StepResult
 
@@ -54,21 +54,19 @@ class PackedModel:
         """Bytes of packed weights."""
         return sum(kept.nbytes for kept in self._kept if isinstance(kept, self._native.Weight))
 
-    def pack(self, weight: Tensor, precision: str, gated: bool = False) -> Any:
+    def pack(self, weight: Tensor | Quantised, precision: str, gated: bool = False) -> Any:
         """weight [O, D] -> its packed form. Rows [gate; up] where gated."""
-        scale, group, form = None, 0, PRECISIONS.index(precision)
-        outputs, inputs = weight.shape
-        if precision == "int8":
-            source, scale = quantise_int8(weight)
-        elif precision == "int4":
-            group = GROUPS[0]
-            source, scale = quantise_int4(weight, group)
+        if isinstance(weight, Tensor) and precision in QUANTISERS:
+            weight = QUANTISERS[precision](weight)
+        if isinstance(weight, Quantised):
+            source, scale, group = weight.values.contiguous(), weight.scale.contiguous(), weight.group
+            kind = PRECISIONS.index(precision)
         else:
-            source = weight if weight.dtype in PAGE_FORMATS else weight.float()
-        kind = form if scale is not None else PAGE_FORMATS[source.dtype]
-        source = source.contiguous()
+            source = (weight if weight.dtype in PAGE_FORMATS else weight.float()).contiguous()
+            scale, group, kind = None, 0, PAGE_FORMATS[source.dtype]
+        outputs, inputs = weight.shape
         packed = self._native.Weight(
-            format=form,
+            format=PRECISIONS.index(precision),
             source=kind,
             out=outputs,
             in_=inputs,
@@ -99,8 +97,8 @@ class PackedModel:
         # Four bits are too few for the encoder, whose rows are few anyway.
         precision = "int8" if self.precision == "int4" else self.precision
 
-        def pack(name: str, tensor: Tensor) -> Any:
-            return self.pack(tensor, precision) if tensor.dim() == 2 else self._vector(tensor)
+        def pack(name: str, tensor: Any) -> Any:
+            return self.pack(tensor, precision) if len(tensor.shape) == 2 else self._vector(tensor)
 
         fields = {
             "bins": MEL_BINS,
@@ -121,8 +119,8 @@ class PackedModel:
     def _decoder(self, model: Model, isa: str | None) -> Any:
         c, w = model.config.decoder, model.weights
 
-        def pack(name: str, tensor: Tensor) -> Any:
-            if tensor.dim() == 1:
+        def pack(name: str, tensor: Any) -> Any:
+            if len(tensor.shape) == 1:
                 return self._vector(tensor)
             return self.pack(tensor, self.precision, gated=name == "gate_up.weight")
 
