@@ -1,13 +1,14 @@
 """The command line: `fastloop listen`, `fastloop doctor`, `fastloop convert`.
 
-Exit codes: 0 done; 1 something failed; 2 bad input or bad options; 130 stopped by Ctrl-C. Errors are one
-line each on standard error. What needs torch is imported when a command runs.
+Exit codes: 0 done; 1 something failed; 2 bad input or bad options; 130 stopped by Ctrl-C; 143 by SIGTERM.
+Errors are one line each on standard error. What needs torch is imported when a command runs.
 """
 
 from __future__ import annotations
 
 import functools
 import io
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
@@ -98,9 +99,15 @@ app.add_typer(eval_app)
 app.add_typer(data_app)
 
 
+def _terminate(*_: object) -> NoReturn:
+    """End in order: what is half done is cleaned up, what was heard is summed up."""
+    sys.exit(128 + signal.SIGTERM)
+
+
 def main() -> None:
     """Entry point of the `fastloop` command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character is no reason to fail
             stream.reconfigure(errors="backslashreplace")
+    signal.signal(signal.SIGTERM, _terminate)
     app(prog_name="fastloop")

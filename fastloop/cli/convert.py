@@ -3,39 +3,50 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from ..convert import Report, convert
-from ..files import CheckpointError
+from .terminal import complain, one_line
+
+if TYPE_CHECKING:
+    from ..convert import Report
+
+Source = Annotated[
+    Path, typer.Argument(help="Directory: the published layout, or a Hugging Face Qwen2.5-Omni (thinker).")
+]
+Destination = Annotated[Path, typer.Argument(help="Directory to make; it must not exist yet.")]
+_TRUST = "Read the published layout's .pth. Reading a pickle can run code: only for files you trust."
+TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help=_TRUST)]
+_DTYPE = "float32, bfloat16 or float16; without it, that of the decoder's embedding."
+Dtype = Annotated[str | None, typer.Option(metavar="NAME", help=_DTYPE)]
 
 
 def convert_command(
-    source: Annotated[
-        Path,
-        typer.Argument(help="Directory: the published layout, or a Hugging Face Qwen2.5-Omni (thinker)."),
-    ],
-    destination: Annotated[Path, typer.Argument(help="Directory to make; it must not exist yet.")],
-    trust_pickle: Annotated[
-        bool,
-        typer.Option(
-            "--trust-pickle",
-            help="Read the published layout's .pth. Reading a pickle can run code: only for files you trust.",
-        ),
-    ] = False,
-    dtype: Annotated[
-        str | None,
-        typer.Option(help="float32, bfloat16 or float16; without it, that of the decoder's embedding."),
-    ] = None,
+    source: Source, destination: Destination, trust_pickle: TrustPickle = False, dtype: Dtype = None
 ) -> None:
-    """Convert a checkpoint of another format into one that fastloop loads."""
+    """Convert a checkpoint of another format into one that fastloop loads.
+
+    Everything is checked before anything is written, all that is wrong is
+    named at once, and the new directory appears whole or not at all.
+
+    \b
+    Examples:
+      fastloop convert ./audio-interaction-3b ./my-model --trust-pickle
+      fastloop convert ./Qwen2.5-Omni-3B ./my-model --dtype bfloat16
+      fastloop listen door.wav --model ./my-model
+    """
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
+
+    from ..convert import convert
+    from ..files import CheckpointError
+
     console = Console(stderr=True)
     columns = (BarColumn(), DownloadColumn(binary_units=True), TimeRemainingColumn())
+    watched = console.is_terminal and not console.is_dumb_terminal
     try:
-        with Progress(*columns, console=console, transient=True) as bar:
+        with Progress(*columns, console=console, transient=True, disable=not watched) as bar:
             task = bar.add_task("converting", total=None)
             report = convert(
                 source,
@@ -45,21 +56,23 @@ def convert_command(
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     except CheckpointError as error:
-        typer.secho(f"fastloop convert: {error}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(1) from error
+        for line in str(error).splitlines():  # one problem a line
+            complain("convert", line)
+        raise typer.Exit(2) from error
     typer.echo(describe(report))
 
 
 def describe(report: Report) -> str:
     """What was done, in a few lines."""
     encoder, decoder = report.config.encoder, report.config.decoder
+    dtype = str(report.dtype).removeprefix("torch.")
     lines = [
-        f"{report.source_format} checkpoint -> {report.destination}",
+        f"{report.source_format} checkpoint -> {one_line(str(report.destination))}",
         f"  encoder  {encoder.layers} layers, width {encoder.width}",
         f"  decoder  {decoder.layers} layers, width {decoder.width}, vocabulary {decoder.vocab}",
-        f"  weights  {report.tensors} tensors, {report.weight_bytes / 1e9:.2f} GB in {report.dtype}",
+        f"  weights  {report.tensors} tensors, {report.weight_bytes / 1e9:.2f} GB in {dtype}",
     ]
-    lines += [f"  cast     {count} tensors from {dtype}" for dtype, count in report.cast.items()]
+    lines += [f"  cast     {n} tensors from {of.removeprefix('torch.')}" for of, n in report.cast.items()]
     if report.unused:
-        lines.append(f"  unused   {len(report.unused)} tensors, such as {report.unused[0]}")
+        lines.append(f"  unused   {len(report.unused)} tensors, such as {one_line(report.unused[0])}")
     return "\n".join(lines)

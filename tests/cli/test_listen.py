@@ -71,6 +71,31 @@ def test_a_last_partial_chunk_is_decided(run: Run, model_dir: Path, sounds: dict
     assert (records[-1]["audio_s"], records[-1]["chunks"], records[-1]["responses"]) == (1.32, 4, 0)
 
 
+@pytest.mark.parametrize(
+    ("name", "form", "codec"),
+    [
+        ("sound.wav", "WAV", "PCM_24"),
+        ("sound.flac", "FLAC", "PCM_16"),
+        ("sound.ogg", "OGG", "VORBIS"),
+        ("sound.opus", "OGG", "OPUS"),
+        ("sound.mp3", "MP3", "MPEG_LAYER_III"),
+        ("mp3 called.wav", "MP3", "MPEG_LAYER_III"),
+    ],
+)
+@pytest.mark.parametrize(("rate", "channels"), [(48_000, 2), (16_000, 1)])
+def test_every_kind_of_file_is_heard(
+    run: Run, model_dir: Path, tmp_path: Path, name: str, form: str, codec: str, rate: int, channels: int
+) -> None:
+    at = np.arange(2 * rate) / rate
+    tone = np.tile((0.3 * np.sin(2 * np.pi * 440 * at))[:, None], (1, channels))
+    soundfile.write(tmp_path / name, tone, rate, format=form, subtype=codec)
+    result = run("listen", tmp_path / name, "--model", model_dir, "--json", "--threshold", 1)
+    assert (result.exit_code, result.stderr) == (0, "")
+    records = parse(result.stdout)
+    assert 2.0 <= records[-1]["audio_s"] < 2.1 and 5 <= records[-1]["chunks"] <= 6  # mp3 pads its ends
+    assert [r["chunk"] for r in records[:-1]] == list(range(records[-1]["chunks"]))
+
+
 def test_seeds(run: Run, model_dir: Path, sounds: dict[str, Path]) -> None:
     def text(seed: int) -> list[dict[str, Any]]:
         options = ("--threshold", 0, "--temperature", 1.5, "--seed", seed, "--min-gap", 3)

@@ -116,6 +116,7 @@ def test_a_model_that_breaks_is_a_failure(
         (["-", "--realtime"], "--realtime"),
         (["--mic", "--offline"], "--offline"),
         (["FILE", "--text", "why?"], "--offline"),
+        (["FILE", "--offline", "--text", "\udcff"], "user_text: must be Unicode text"),
         (["FILE", "--threshold", "2"], "--threshold"),
         (["FILE", "--threshold", "nan"], "threshold"),
         (["FILE", "--rearm", "-0.1"], "--rearm"),

@@ -39,8 +39,10 @@ def test_version_and_module() -> None:
 
 
 def test_importing_fastloop_is_light() -> None:
+    """And so is its command line, so that `--help` and a wrong option are answered at once."""
     code = (
         "import sys, fastloop; assert 'torch' not in sys.modules and 'numpy' not in sys.modules; "
+        "import fastloop.cli; assert 'torch' not in sys.modules; "
         "assert fastloop.SessionConfig and fastloop.Engine and 'torch' in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=LIMIT_S)
@@ -55,7 +57,10 @@ def test_a_pipe(model_dir: Path) -> None:
     assert (records[-1]["file"], records[-1]["audio_s"]) == ("-", 1.2)
 
 
-def test_ctrl_c_ends_with_what_was_heard(model_dir: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stop", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_it_ends_with_what_was_heard(
+    model_dir: Path, tmp_path: Path, stop: signal.Signals, code: int
+) -> None:
     """Also: a line is there as soon as it is said, long before the stream ends."""
     soundfile.write(tmp_path / "long.wav", random_sound(60), 16_000)
     options = ("--realtime", "--model", str(model_dir), "--json", "--threshold", "1")
@@ -68,9 +73,9 @@ def test_ctrl_c_ends_with_what_was_heard(model_dir: Path, tmp_path: Path) -> Non
     assert process.stdout is not None
     first = process.stdout.readline()
     assert process.poll() is None
-    process.send_signal(signal.SIGINT)
+    process.send_signal(stop)
     rest, errors = process.communicate(timeout=LIMIT_S)
-    assert process.returncode == 130 and errors == ""
+    assert process.returncode == code and errors == ""
     records = parse(first + rest)
     assert records[0]["type"] == "decision" and records[-1]["type"] == "summary"
     assert 0 < records[-1]["audio_s"] < 60
