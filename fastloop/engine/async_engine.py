@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,12 @@ class AsyncEngine:
         await self.close()
 
     def _wait_idle(self) -> None:
+        # `work` before `_idle`: a step clears `_idle` first, so what is seen set behind a cleared `work` is
+        # the end of that step, never the end of the one before.
         while self._thread is not None and self._thread.is_alive():
-            if self._idle.wait(timeout=0.05) and not self.engine.work.is_set():
+            if self.engine.work.is_set():
+                time.sleep(0.001)
+            elif self._idle.wait(timeout=0.05):
                 return
 
     def _run(self) -> None:
