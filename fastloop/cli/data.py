@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from .terminal import complain
 
 if TYPE_CHECKING:
-    from ..soundflow.builder import BuildConfig, Built
+    from ..soundflow.workshop import BuildConfig, Built
 
 data_app = typer.Typer(name="data", no_args_is_help=True, rich_markup_mode="rich")
 
@@ -81,8 +81,8 @@ def build_command(
       fastloop data build --clips manifest.jsonl --out plain --no-tfjp --planner random
       fastloop data build --clips manifest.jsonl --out corpus --hours 1000 --ray
     """
-    from ..soundflow.builder import BuildConfig
     from ..soundflow.clips import DataError
+    from ..soundflow.workshop import BuildConfig
 
     try:
         config = BuildConfig(

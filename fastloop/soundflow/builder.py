@@ -1,8 +1,6 @@
 """Build a corpus: shards of streams, in parallel, resumable shard by shard, the same bytes every time.
 
-Shard k of a build holds streams k * STRIDE, k * STRIDE + 1, ... of the collection `seed` until it is
-`shard_s` long: which worker makes it, and when, does not matter. Workers are processes of this machine or
-tasks of Ray Data.
+Workers are processes of this machine, or actors of Ray Data (ray_builder.py).
 """
 
 from __future__ import annotations
@@ -10,150 +8,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
-import math
 import multiprocessing
 import os
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 
-from . import voices
 from .clips import DataError
-from .compose import Composed
-from .corpus import write_shard
-from .grammar import read_scenarios
-from .llm import LlmPlanner
-from .planner import GrammarPlanner, Planner, RandomPlanner
-from .sounds import Library
-from .streams import Mix, chosen_tasks, stream
-
-STRIDE = 100_000  # more streams than a shard can hold
-PLANNERS = ("grammar", "random", "llm")
-
-
-@dataclass(frozen=True)
-class BuildConfig:
-    """What a corpus is a function of, together with the clips and the versions of the libraries.
-
-    tasks: as streams.chosen_tasks takes them.  seconds: length of every stream; None: drawn.
-    planner: grammar, random (no event selection) or llm, which needs llm_url and llm_model and keeps its
-    answers in the folder llm_kept.
-    """
-
-    manifest: str
-    split: str = "train"
-    seed: int = 0
-    hours: float = 1.0
-    shard_s: float = 600.0
-    seconds: float | None = None
-    tasks: tuple[str, ...] = ()
-    scenarios: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-    tfjp: bool = True
-    planner: str = "grammar"
-    llm_url: str = ""
-    llm_model: str = ""
-    llm_kept: str = ""
-
-    def __post_init__(self) -> None:
-        if not 0 < self.hours < 1e6:
-            raise DataError(f"hours must be positive, got {self.hours}")
-        if not 1 <= self.shard_s <= 86_400:
-            raise DataError(f"a shard must be 1 s to a day long, got {self.shard_s} s")
-        if self.seconds is not None and not 8 <= self.seconds <= 3600:
-            raise DataError(f"a stream must be 8 s to an hour long, got {self.seconds} s")
-        if self.seed < 0:
-            raise DataError(f"the seed must not be negative, got {self.seed}")
-        if self.planner not in PLANNERS:
-            raise DataError(f"planner {self.planner!r} is none of {', '.join(PLANNERS)}")
-        if self.planner == "llm" and not (self.llm_url and self.llm_model):
-            raise DataError("planner llm needs the address of an endpoint and the name of a model")
-
-    @property
-    def shards(self) -> int:
-        return max(1, math.ceil(self.hours * 3600 / self.shard_s - 1e-9))
-
-    def shard_name(self, number: int) -> str:
-        return f"{self.split}-{number:05d}.tar"
-
-
-@dataclass
-class Built:
-    """What a build did: shards made and found, streams and seconds made, clips that could not be read, and
-    streams that were thrown away, by kind of problem.
-    """
-
-    made: int = 0
-    found: int = 0
-    streams: int = 0
-    seconds: float = 0.0
-    unreadable: dict[str, str] = field(default_factory=dict)
-    rejected: Counter[str] = field(default_factory=Counter)
-
-    def add(self, other: Built) -> None:
-        self.made += other.made
-        self.streams += other.streams
-        self.seconds += other.seconds
-        self.unreadable |= other.unreadable
-        self.rejected += other.rejected
-
-
-class Workshop:
-    """A library and a mix, opened once in a process; makes shards."""
-
-    def __init__(self, config: BuildConfig) -> None:
-        self.config = config
-        library = Library.open(config.manifest, config.split)
-        scenarios = read_scenarios([Path(p) for p in config.scenarios])
-        exclude = frozenset(config.exclude)
-        planner: Planner = GrammarPlanner(scenarios, library, exclude)
-        if config.planner == "random":
-            planner = RandomPlanner(library, exclude)
-        elif config.planner == "llm":
-            kept = Path(config.llm_kept) if config.llm_kept else None
-            planner = LlmPlanner(
-                GrammarPlanner(scenarios, library, exclude), config.llm_url, config.llm_model, kept
-            )
-        tasks = chosen_tasks(config.tasks)
-        spoken = [task.name for task in tasks if task.script or task.question]
-        if spoken and not voices.available():
-            raise DataError(f"{voices.MISSING}, or leave out --tasks {','.join(spoken)}")
-        self.mix = Mix(library, tasks, planner, config.tfjp)
-
-    def streams(self, number: int) -> Iterator[Composed]:
-        """The streams of shard `number`; the last shard ends where the hours are full."""
-        config = self.config
-        wanted = min(config.shard_s, config.hours * 3600 - number * config.shard_s)
-        total, index = 0.0, number * STRIDE
-        while total < wanted - 1e-6:
-            made = stream(config.seed, index, self.mix, config.seconds)
-            yield made
-            total, index = total + made.record["duration_s"], index + 1
-
-    def make(self, number: int, out: Path) -> Built:
-        """Write one shard."""
-        built, before = Built(made=1), Counter(self.mix.rejected)
-
-        def counted() -> Iterator[Composed]:
-            for made in self.streams(number):
-                built.streams += 1
-                built.seconds += made.record["duration_s"]
-                yield made
-
-        try:
-            write_shard(out / self.config.shard_name(number), counted())
-        except OSError as error:
-            raise DataError(
-                f"{out}: shard {number} could not be written: {error}; finished shards are kept, run the "
-                "same command again to go on"
-            ) from error
-        built.unreadable = dict(self.mix.library.unreadable)
-        built.rejected = self.mix.rejected - before
-        return built
+from .workshop import BuildConfig, Built, Workshop, fingerprint
 
 
 @functools.lru_cache(maxsize=1)
@@ -167,19 +31,6 @@ def make_shard(config: BuildConfig, number: int, out: Path) -> Built:
     return _workshop(config).make(number, out)
 
 
-def fingerprint(config: BuildConfig) -> str:
-    """A hash of all that decides the bytes: settings, manifest, scenarios, voices; not where they lie."""
-    settings = asdict(config) | {"manifest": "", "scenarios": "", "llm_url": "", "llm_kept": ""}
-    settings["voices"] = voices.version()
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    for path in (config.manifest, *config.scenarios):
-        try:
-            digest.update(Path(path).read_bytes())
-        except OSError as error:
-            raise DataError(f"{path}: cannot be read: {error}") from error
-    return digest.hexdigest()
-
-
 def _claim(config: BuildConfig, out: Path) -> None:
     """Note in `<split>.build.json` what is being built; DataError where it is something else already."""
     note = out / f"{config.split}.build.json"
@@ -189,10 +40,12 @@ def _claim(config: BuildConfig, out: Path) -> None:
         if note.exists():
             before = json.loads(note.read_text(encoding="utf-8"))
             if before.get("fingerprint") != mine["fingerprint"]:
-                changed = [k for k in mine if json.loads(json.dumps(mine[k])) != before.get(k)]
+                settings = json.loads(json.dumps(asdict(config)))
+                changed = [name for name, value in settings.items() if value != before.get(name)]
+                what = ", ".join(changed) or "clips, or versions of fastloop and its libraries"
                 raise DataError(
-                    f"{out} holds another {config.split} corpus (different: {', '.join(changed)}); choose "
-                    "another --out, or remove it"
+                    f"{out} holds another {config.split} corpus (different: {what}); choose another --out, "
+                    "or remove it"
                 )
         else:
             note.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from .clips import DataError
 
 if TYPE_CHECKING:
-    from .builder import BuildConfig, Built
+    from .workshop import BuildConfig, Built
 
 
 class ShardMaker:
     """An actor of Ray Data: keeps a library open, writes the shards it is given."""
 
     def __init__(self, config: BuildConfig, out: str) -> None:
-        from .builder import Workshop
+        from .workshop import Workshop
 
         self.workshop, self.out = Workshop(config), Path(out)
 

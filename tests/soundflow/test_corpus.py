@@ -19,7 +19,7 @@ import soundfile
 
 from fastloop.config import ModelConfig
 from fastloop.soundflow import corpus, voices
-from fastloop.soundflow.builder import STRIDE, BuildConfig, Workshop, build
+from fastloop.soundflow.builder import build
 from fastloop.soundflow.clips import DataError
 from fastloop.soundflow.corpus import token_sequence, write_shard
 from fastloop.soundflow.first_model import first_config
@@ -28,6 +28,7 @@ from fastloop.soundflow.shards import ShardError, find_shards, read_streams
 from fastloop.soundflow.sounds import Library
 from fastloop.soundflow.streams import default_mix, stream
 from fastloop.soundflow.vocabulary import tokenizer
+from fastloop.soundflow.workshop import STRIDE, BuildConfig, Workshop
 from fastloop.text import Tokenizer
 
 
@@ -145,10 +146,15 @@ def test_a_build_that_was_killed_goes_on_to_the_same_bytes(config: BuildConfig, 
     assert hashes(killed) == hashes(tmp_path / "whole")
 
 
-def test_another_corpus_in_the_same_folder_is_refused(config: BuildConfig, tmp_path: Path) -> None:
+def test_another_corpus_in_the_same_folder_is_refused(
+    config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     build(replace(config, hours=16 / 3600), tmp_path)
-    with pytest.raises(DataError, match=r"another train corpus \(different: .*seed.*\)"):
+    with pytest.raises(DataError, match=r"another train corpus \(different: seed\)"):
         build(replace(config, hours=16 / 3600, seed=3), tmp_path)
+    with monkeypatch.context() as patched, pytest.raises(DataError, match="versions of fastloop"):
+        patched.setattr(voices, "version", lambda: "espeak-ng 9.9")
+        build(replace(config, hours=16 / 3600), tmp_path)
     build(replace(config, hours=16 / 3600, split="val"), tmp_path)  # another split may share it
     assert len(hashes(tmp_path)) == 2
 

@@ -21,7 +21,8 @@ def run() -> Run:
 
 @pytest.fixture(scope="session")
 def built(manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    from fastloop.soundflow.builder import BuildConfig, build
+    from fastloop.soundflow.builder import build
+    from fastloop.soundflow.workshop import BuildConfig
 
     out = tmp_path_factory.mktemp("corpus")
     build(BuildConfig(str(manifest), hours=32 / 3600, seconds=16.0, tasks=("sound_alert",)), out)
