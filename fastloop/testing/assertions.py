@@ -9,7 +9,7 @@ import torch
 from torch import Generator, Tensor
 
 from ..ops.dispatch import REGISTRY
-from .implementations import Implementation
+from .implementations import Implementation, copied
 from .op_cases import Arguments, Case
 from .selfcheck import compare, judge, results, widened
 from .tolerance import FORMULA_BOUND, relative_error
@@ -28,7 +28,7 @@ def assert_right(implementation: Implementation, case: Case) -> None:
 def assert_near(out: Tensor, op: str, arguments: Arguments) -> None:
     """A result may differ from the definition's first one as much as an implementation's may."""
     reference = REGISTRY[op].reference
-    plain, truth = (results(reference, a, ())[0] for a in (arguments, widened(arguments)))
+    plain, truth = (results(reference, copied(a), ())[0] for a in (arguments, widened(arguments)))
     found = judge("result", out, plain, truth)
     assert found.ok, found.problem
 

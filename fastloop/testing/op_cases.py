@@ -102,11 +102,17 @@ def conv_stem_case(
 
 
 def layer_norm_case(
-    g: Generator, *, rows: int = 5, width: int = 64, offset: float = 0.0, dtype: torch.dtype = torch.float32
+    g: Generator,
+    *,
+    rows: int = 5,
+    width: int = 64,
+    offset: float = 0.0,
+    scale: float = 1.0,
+    dtype: torch.dtype = torch.float32,
 ) -> Case:
-    """`offset`: the mean of the rows, in standard deviations."""
+    """`scale`: the standard deviation of the rows; `offset`: their mean, in standard deviations."""
     arguments = {
-        "x": _normal(g, rows, width, dtype=dtype) + offset,
+        "x": scale * (_normal(g, rows, width, dtype=dtype) + offset),
         "weight": _normal(g, width, dtype=dtype),
         "bias": _normal(g, width, dtype=dtype),
         "eps": 1e-5,
@@ -120,16 +126,19 @@ def rms_norm_case(
     rows: int = 5,
     width: int = 64,
     residual: bool = False,
+    scale: float = 1.0,
     dtype: torch.dtype = torch.float32,
 ) -> Case:
+    """`scale`: the root mean square of the rows."""
     arguments = {
-        "x": _normal(g, rows, width, dtype=dtype),
+        "x": _normal(g, rows, width, dtype=dtype, scale=scale),
         "weight": _normal(g, width, dtype=dtype),
         "eps": 1e-6,
     }
     if not residual:
         return Case(arguments)
-    return Case({**arguments, "residual": _normal(g, rows, width, dtype=dtype)}, mutates=("residual",))
+    summand = _normal(g, rows, width, dtype=dtype, scale=scale)
+    return Case({**arguments, "residual": summand}, mutates=("residual",))
 
 
 def linear_case(

@@ -9,7 +9,7 @@ the memory around all of them, must be as they were.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -121,10 +121,11 @@ def widened(arguments: Arguments) -> Arguments:
 
 
 def results(
-    function: Callable[..., Any], arguments: Mapping[str, Any], mutates: Iterable[str]
+    function: Callable[..., Any], arguments: Mapping[str, Any], mutates: Collection[str]
 ) -> list[Tensor]:
-    """Results, then changed arguments, of a call on copies, so that calls do not see each other."""
-    return _call(function, copied(arguments), mutates)
+    """Results, then changed arguments, of a call on copies of these, so that calls do not see each other."""
+    own = copied({name: arguments[name] for name in mutates})
+    return _call(function, {**arguments, **own}, mutates)
 
 
 def _call(function: Callable[..., Any], arguments: Arguments, mutates: Iterable[str]) -> list[Tensor]:

@@ -52,7 +52,7 @@ def test_definition_of_p_respond(seed: int, rows: int, width: int) -> None:
     y = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-6) * weight
     silent, respond = y @ head.T[:, 0], y @ head.T[:, 1]
     theirs = torch.from_numpy(np.exp(respond - np.logaddexp(silent, respond)))
-    ours = results(decide_ref, wide, ())[0]
+    ours = results(decide_ref, wide, case.mutates)[0]
     assert relative_error(ours, theirs) <= FORMULA_BOUND + torch.finfo(torch.float32).eps
     assert relative_error(theirs, torch.from_numpy(expit(respond - silent))) <= FORMULA_BOUND
 
@@ -209,3 +209,15 @@ def test_a_head_that_is_not_finite_is_found(implementation: Implementation, row:
     policy = torch.tensor([[0.5, 1.0, 0.0]])
     _, decision = implementation(**said, slots=torch.zeros(1).long(), policy=policy, state=state)
     assert decision.tolist() == [NONFINITE] and state.tolist() == [[3, 1]]
+
+
+@pytest.mark.parametrize(("sign", "p", "decision"), [(1, 1.0, RESPOND), (-1, 0.0, SILENT)])
+def test_logits_far_apart_are_finite(
+    implementation: Implementation, sign: int, p: float, decision: int
+) -> None:
+    """Their difference overflows float32; the decision is as sure as it can be."""
+    head = torch.tensor([[-2e38, 0.0], [2e38, 0.0]]) * sign
+    said = saying([0.5]) | {"x": torch.tensor([[1.0, 0.0]]), "head": head}
+    state, policy = torch.tensor([[3, 1]], dtype=torch.int32), torch.tensor([[0.5, 1.0, 0.0]])
+    chance, made = implementation(**said, slots=torch.zeros(1).long(), policy=policy, state=state)
+    assert (chance.tolist(), made.tolist()) == ([p], [decision])

@@ -16,18 +16,24 @@ from fastloop.testing.op_cases import layer_norm_case
 seeds = st.integers(0, 2**32 - 1)
 rows = st.sampled_from([1, 2, 13, 20, 64])
 widths = st.one_of(st.integers(1, 130), st.sampled_from([384, 1280]))
+scales = st.sampled_from([1e-3, 1.0, 1e3])  # where eps is all of the variance, little, and nothing
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
 @every_dtype
-@given(seed=seeds, rows=rows, width=widths, offset=st.sampled_from([0.0, 3.0, 1000.0]))
+@given(seed=seeds, rows=rows, width=widths, offset=st.sampled_from([0.0, 3.0, 1000.0]), scale=scales)
 def test_errs_at_most_twice_as_much_as_torch(
-    implementation: Implementation, dtype: torch.dtype, seed: int, rows: int, width: int, offset: float
+    implementation: Implementation,
+    dtype: torch.dtype,
+    seed: int,
+    rows: int,
+    width: int,
+    offset: float,
+    scale: float,
 ) -> None:
     """Rows far from zero too: a variance as E[x^2] - E[x]^2 would lose all its digits there."""
-    assert_right(
-        implementation, layer_norm_case(seeded(seed), rows=rows, width=width, offset=offset, dtype=dtype)
-    )
+    case = layer_norm_case(seeded(seed), rows=rows, width=width, offset=offset, scale=scale, dtype=dtype)
+    assert_right(implementation, case)
 
 
 @given(seed=seeds, rows=rows, width=widths)

@@ -17,16 +17,23 @@ from fastloop.testing.op_cases import rms_norm_case
 seeds = st.integers(0, 2**32 - 1)
 rows = st.sampled_from([1, 2, 13, 20, 64])
 widths = st.one_of(st.integers(1, 130), st.sampled_from([384, 2048]))
+scales = st.sampled_from([1e-3, 1.0, 1e3])  # where eps is half of the mean square, little, and nothing
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
 @every_dtype
 @pytest.mark.parametrize("residual", [False, True], ids=["plain", "residual"])
-@given(seed=seeds, rows=rows, width=widths)
+@given(seed=seeds, rows=rows, width=widths, scale=scales)
 def test_errs_at_most_twice_as_much_as_torch(
-    implementation: Implementation, dtype: torch.dtype, residual: bool, seed: int, rows: int, width: int
+    implementation: Implementation,
+    dtype: torch.dtype,
+    residual: bool,
+    seed: int,
+    rows: int,
+    width: int,
+    scale: float,
 ) -> None:
-    case = rms_norm_case(seeded(seed), rows=rows, width=width, residual=residual, dtype=dtype)
+    case = rms_norm_case(seeded(seed), rows=rows, width=width, residual=residual, scale=scale, dtype=dtype)
     assert_right(implementation, case)
 
 
