@@ -1,4 +1,4 @@
-"""The command line: `fastloop listen`, `fastloop doctor`, `fastloop convert`.
+"""The command line: `fastloop listen | doctor | convert | data | train | eval | bench`.
 
 Exit codes: 0 done; 1 something failed; 2 bad input or bad options; 130 stopped by Ctrl-C; 143 by SIGTERM.
 Errors are one line each on standard error. What needs torch is imported when a command runs.
@@ -17,6 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
+from .bench import bench_app
 from .convert import convert_command
 from .data import data_app
 from .doctor import doctor_command
@@ -97,6 +98,7 @@ app.command("convert")(convert_command)
 app.command("train")(train_command)
 app.add_typer(eval_app)
 app.add_typer(data_app)
+app.add_typer(bench_app)
 
 
 def _terminate(*_: object) -> NoReturn:
