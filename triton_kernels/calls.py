@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from ..config import MEL_BINS, published_3b
+from ..ops.mel import COLUMNS, TAIL_SAMPLES
 from .block_attention import block_attention_triton
 from .conv_stem import conv_stem_triton
 from .decide import decide_triton
 from .layer_norm import layer_norm_triton
 from .linear import linear_quantized_triton, linear_triton
+from .mel import mel_triton
 from .paged_attention import paged_attention_triton
 from .rms_norm import rms_norm_triton
 from .rope_append import rope_append_triton
@@ -104,6 +106,13 @@ def _decide(rows: int, dtype: torch.dtype = BF16) -> None:
     decide_triton(_empty(rows, D, dtype=dtype), weight, 1e-6, head, slots, policy, state)
 
 
+def _mel(streams: int, edge: str = "reflect", clamp: str = "running") -> None:
+    pcm, slots = _empty(streams, MODEL.chunk_samples, dtype=F32), _empty(streams, dtype=I64)
+    tail, peak = _empty(1024, TAIL_SAMPLES, dtype=F32), _empty(1024, dtype=F32)
+    filters, bands = _empty(MEL_BINS, COLUMNS, dtype=F32), _empty(MEL_BINS, 2, dtype=I32)
+    mel_triton(pcm, slots, tail, peak, _empty(1024, dtype=I64), filters, bands, edge, clamp)
+
+
 QKV, FFN, VOCAB = MODEL.decoder.qkv_rows, MODEL.decoder.ffn, MODEL.decoder.vocab_padded
 LINEAR: dict[str, Callable[[int], None]] = {  # the matrices of the model, by the rows of a call
     "decoder qkv": lambda rows: _linear(rows, D, QKV),
@@ -167,5 +176,11 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
         "one stream": lambda: _decide(1),
         "1024 streams": lambda: _decide(1024),
         "float32": lambda: _decide(1, F32),
+    },
+    "mel": {
+        "one stream": lambda: _mel(1),
+        "1024 streams": lambda: _mel(1024),
+        "edge wait": lambda: _mel(1, "wait"),
+        "clamp global": lambda: _mel(1, "reflect", "global"),
     },
 }
