@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +80,47 @@ def manifest(folder: Folder) -> Path:
 @pytest.fixture(scope="session")
 def library(manifest: Path) -> Library:
     return Library.open(manifest, "train")
+
+
+class Endpoint:
+    """A server on this machine that answers from a list and keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.answers: list[str] = []
+        self.asked: list[dict[str, object]] = []
+        self.keys: list[str | None] = []
+        self.status = 200
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                outer.asked.append({"path": self.path, **json.loads(body)})
+                outer.keys.append(self.headers.get("Authorization"))
+                text = outer.answers.pop(0) if outer.answers else ""
+                reply = (
+                    json.dumps({"choices": [{"message": {"content": text}}]}) if text != "garbage" else "?"
+                )
+                self.send_response(outer.status)
+                self.end_headers()
+                self.wfile.write(reply.encode())
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        self.server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+
+@pytest.fixture
+def endpoint() -> Iterator[Endpoint]:
+    made = Endpoint()
+    yield made
+    made.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import signal
 import subprocess
@@ -204,6 +205,24 @@ def test_speech_is_refused_at_once_where_there_is_no_voice(
 def test_both_planners_build_with_and_without_tfjp(config: BuildConfig, tmp_path: Path, planner: str) -> None:
     small = replace(config, hours=16 / 3600, planner=planner, tfjp=False)
     assert build(small, tmp_path).streams == 1
+
+
+def test_a_language_models_corpus_is_made_again_from_what_was_kept(
+    config: BuildConfig, endpoint: Any, tmp_path: Path
+) -> None:
+    scene = tmp_path / "scene.yaml"
+    scene.write_text("{scene: test, beds: {rain: 1}, events: {siren: 1, coughing: 1}}")
+    plan = {"events": [{"label": "siren", "gap_s": 1.0}, {"label": "coughing", "gap_s": 2.0}]}
+    endpoint.answers = [json.dumps(plan)] * 20
+    asks = replace(
+        config, planner="llm", llm_url=endpoint.url, llm_model="m", llm_kept=str(tmp_path / "kept")
+    )
+    asks = replace(asks, scenarios=(str(scene),), hours=16 / 3600)
+    build(asks, tmp_path / "first")
+    ((stream, _),) = read_streams(find_shards([tmp_path / "first"]), "train", fail)
+    assert [turn.label for turn in stream.turns if turn.reply is not None] == ["siren", "coughing"]
+    build(replace(asks, llm_url="http://127.0.0.1:1/v1"), tmp_path / "second")  # nobody there
+    assert hashes(tmp_path / "first") == hashes(tmp_path / "second")
 
 
 @pytest.mark.slow  # a cluster starts

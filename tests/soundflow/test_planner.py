@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import http.server
 import itertools
 import json
-import threading
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -147,56 +145,12 @@ def test_grounding_gives_sources_of_the_split_only(manifest: Path) -> None:
 # ---- the language model's
 
 
-class Endpoint:
-    """A server on this machine that answers from a list and keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.answers: list[str] = []
-        self.asked: list[dict[str, object]] = []
-        self.keys: list[str | None] = []
-        self.status = 200
-        outer = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                outer.asked.append({"path": self.path, **json.loads(body)})
-                outer.keys.append(self.headers.get("Authorization"))
-                text = outer.answers.pop(0) if outer.answers else ""
-                reply = (
-                    json.dumps({"choices": [{"message": {"content": text}}]}) if text != "garbage" else "?"
-                )
-                self.send_response(outer.status)
-                self.end_headers()
-                self.wfile.write(reply.encode())
-
-            def log_message(self, *arguments: object) -> None:
-                pass
-
-        self.server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
-        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-
-    def close(self) -> None:
-        self.server.shutdown()
-        self.server.server_close()
-        self.thread.join()
-
-
-@pytest.fixture
-def endpoint() -> Iterator[Endpoint]:
-    made = Endpoint()
-    yield made
-    made.close()
-
-
 def planned(*labels: str) -> str:
     return json.dumps({"events": [{"label": label, "gap_s": 2.5} for label in labels]})
 
 
 def test_a_models_plan_becomes_an_outline(
-    endpoint: Endpoint, library: Library, monkeypatch: pytest.MonkeyPatch
+    endpoint: Any, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(KEY_VARIABLE, "secret")
     endpoint.answers = [f"Here it is:\n```json\n{planned('siren', 'dog')}\n```"]
@@ -212,7 +166,7 @@ def test_a_models_plan_becomes_an_outline(
 
 
 def test_an_answer_against_the_grammar_is_refused_with_its_reason_and_tried_again(
-    endpoint: Endpoint, library: Library
+    endpoint: Any, library: Library
 ) -> None:
     endpoint.answers = [planned("dragon"), "no JSON", planned("dog")]
     planner = LlmPlanner(tiny(library), endpoint.url, "m")
@@ -224,7 +178,7 @@ def test_an_answer_against_the_grammar_is_refused_with_its_reason_and_tried_agai
         planner.outline(np.random.default_rng(0), sub_task("sound_alert"), 25.6)
 
 
-def test_kept_answers_are_not_asked_for_again(endpoint: Endpoint, library: Library, tmp_path: Path) -> None:
+def test_kept_answers_are_not_asked_for_again(endpoint: Any, library: Library, tmp_path: Path) -> None:
     endpoint.answers = [planned("dog", "siren")]
     for url in (endpoint.url, "http://127.0.0.1:1/v1"):  # nobody listens at the second
         planner = LlmPlanner(tiny(library), url, "m", tmp_path / "kept")
@@ -233,7 +187,7 @@ def test_kept_answers_are_not_asked_for_again(endpoint: Endpoint, library: Libra
     assert len(endpoint.asked) == 1
 
 
-def test_an_endpoint_that_fails_is_named(endpoint: Endpoint, library: Library) -> None:
+def test_an_endpoint_that_fails_is_named(endpoint: Any, library: Library) -> None:
     task = sub_task("sound_alert")
 
     def outline(url: str) -> None:
