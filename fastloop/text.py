@@ -57,7 +57,7 @@ class Tokenizer:
 class TextStream:
     """Turns ids into text piece by piece; a character split over tokens is held back until it is whole.
 
-    Only the ids since the last safe cut are decoded again, so a long response costs O(1) a token.
+    Only the last few ids are decoded again, so a long response costs O(1) a token, whatever its bytes.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -70,13 +70,12 @@ class TextStream:
         """The new text after one more token; "" while a character is incomplete."""
         self._ids.append(token)
         whole = self._tokenizer.decode(self._ids)
-        if whole.endswith(REPLACEMENT):
-            return ""
-        return self._emit(whole)
+        held = whole.endswith(REPLACEMENT)  # one character that the next bytes may still complete
+        return self._emit(whole[:-1] if held else whole, held)
 
     def finish(self) -> str:
         """What is still held back (an incomplete character prints as U+FFFD)."""
-        return self._emit(self._tokenizer.decode(self._ids))
+        return self._emit(self._tokenizer.decode(self._ids), held=False)
 
     def export(self) -> dict[str, object]:
         """Plain data for snapshots; `TextStream.restore` continues from it."""
@@ -88,12 +87,13 @@ class TextStream:
         stream._ids, stream._said, stream.text = list(values["ids"]), values["said"], values["text"]
         return stream
 
-    def _emit(self, whole: str) -> str:
-        piece = whole[self._said :]
+    def _emit(self, settled: str, held: bool) -> str:
+        piece = settled[self._said :]
         self.text += piece
-        # Keep the last token as context: decoders join words by what stands before.
-        self._ids = self._ids[-1:]
-        self._said = len(self._tokenizer.decode(self._ids)) if self._ids else 0
+        # Keep one token as context, for decoders join words by what stands before; and the held character,
+        # of which at most three bytes have come.
+        self._ids = self._ids[-4:] if held else self._ids[-1:]
+        self._said = len(self._tokenizer.decode(self._ids)) - held if self._ids else 0
         return piece
 
 

@@ -20,7 +20,7 @@ from fastloop.decoder import StepRows
 from fastloop.engine import Engine
 from fastloop.engine.kv_cache import KVCache, KVSequence, pages_for
 from fastloop.engine.runner import StepBatch, StepResult
-from fastloop.mel import MelState, mel_chunk
+from fastloop.mel import MelStream
 from fastloop.options import DecisionPolicy, EngineConfig, SessionConfig
 from fastloop.testing.cases import random_model, random_sound
 from fastloop.testing.drive import chances, lively_policy
@@ -192,21 +192,22 @@ class Recorder:
 
 
 @torch.inference_mode()
-def test_a_stream_equals_one_pass_over_all_its_tokens(model: Model) -> None:
+@pytest.mark.parametrize("edge", ["reflect", "wait"])
+def test_a_stream_equals_one_pass_over_all_its_tokens(model: Model, edge: str) -> None:
     """Every p(respond) and every greedy token, from one causal pass over the whole token sequence."""
-    config = SessionConfig(policy=lively_policy(model), max_response_tokens=9, speculative_chunks=1)
+    config = SessionConfig(
+        policy=lively_policy(model), max_response_tokens=9, speculative_chunks=1, edge=edge
+    )
     engine = Engine(model, EngineConfig(max_sessions=1))
     recorder, session = Recorder(engine), engine.open(config)
-    sound = random_sound(8.0, seed=5)
+    sound = random_sound(8.0025, seed=5)  # with the lookahead of edge="wait"
     for piece in np.array_split(sound, 23):
         session.push(piece)
         engine.run_until_idle()
     events = session.poll()
 
-    state, slot = MelState.empty(1), torch.zeros(1, dtype=torch.int64)
-    chunks = torch.from_numpy(sound).view(-1, 6400)
-    frames = torch.cat([mel_chunk(state, slot, chunk[None]) for chunk in chunks])
-    audio = model.encoder.encode(frames).flatten(0, 1)
+    (frames,) = MelStream(edge=edge).push(torch.from_numpy(sound)[None])
+    audio = model.encoder.encode(frames.unflatten(0, (20, 40))).flatten(0, 1)
     prefix = prefix_ids(model.config, model.tokenizer, "online", None)
     ids = torch.tensor([*prefix, *(i for batch in recorder.batches for i in batch.ids.tolist())])
     x = model.decoder.embed(ids)
