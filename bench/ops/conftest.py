@@ -69,7 +69,7 @@ def clock(benchmark: BenchmarkFixture, request: pytest.FixtureRequest, roof: Cal
         found = compare(implementation, case)
         assert found.ok, found.problem
         placed = {name: implementation.place(value) for name, value in case.arguments.items()}
-        sets = rotation(placed, cold)
+        sets, is_cold = rotation(placed, cold)
         turn = itertools.cycle(sets)
 
         def call(**arguments: object) -> None:
@@ -83,8 +83,8 @@ def clock(benchmark: BenchmarkFixture, request: pytest.FixtureRequest, roof: Cal
         if benchmark.disabled:
             return
         timing = Timing(tuple(benchmark.stats.stats.data))
-        cache = roof(implementation.device) if len(sets) > 1 else None
-        LINES.append(Line(request.node.name.removeprefix("test_"), timing, moved, cache))
+        memory = roof(implementation.device) if is_cold else None
+        LINES.append(Line(request.node.name.removeprefix("test_"), timing, moved, memory))
         benchmark.extra_info |= {"bytes": moved, "p99_s": timing.p99, "gb_per_s": timing.gb_per_s(moved)}
 
     return measure

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 COLD_BYTES = 192 << 20  # beyond the last-level cache of any CPU or GPU we meet
-MOST_COPIES = 64  # what takes more of them is so small that a whole model of it stays in the cache
+MOST_COPIES = 256  # what takes more of them is so small that a whole model of it stays in a cache
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,14 @@ def rounds_for(call: Callable[[], object], budget_s: float = 0.3, least: int = 1
     return int(np.clip(budget_s / max(time.perf_counter() - begin, 1e-7), least, most))
 
 
-def rotation(arguments: Mapping[str, Any], cold: Sequence[str]) -> list[dict[str, Any]]:
-    """Arguments that differ in their copies of `cold`, enough to exceed every cache; one set means hot."""
+def rotation(arguments: Mapping[str, Any], cold: Sequence[str]) -> tuple[list[dict[str, Any]], bool]:
+    """Arguments that differ in their copies of `cold`, enough to exceed every cache; and whether they do."""
     size = sum(arguments[name].nbytes for name in cold)
-    count = -(-COLD_BYTES // size) if size else 1
+    count = -(-COLD_BYTES // size) if size else MOST_COPIES + 1
     if count > MOST_COPIES:
-        return [dict(arguments)]
-    return [
-        dict(arguments) if i == 0 else {**arguments, **{name: arguments[name].clone() for name in cold}}
-        for i in range(count)
-    ]
+        return [dict(arguments)], False
+    copies = [{name: arguments[name].clone() for name in cold} for _ in range(count - 1)]
+    return [dict(arguments), *({**arguments, **copy} for copy in copies)], True
 
 
 def read_bandwidth(device: str = "cpu", repeats: int = 7) -> float:
