@@ -23,7 +23,7 @@ from .shards import Stream, Turn
 
 QUESTION = "question"  # label of a spoken question about the stream
 LONGEST_EXCERPT = 40  # chunks
-RARE = 20  # a reply that fewer turns give has no class of its own, but that of its label
+RARE = 20  # a reply that fewer turns give has no class of its own
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,21 @@ class BatchPlan:
         object.__setattr__(self, "rows_s", tuple(self.rows_s))  # a list, where it comes from YAML or JSON
 
 
+def class_name(turn: Turn) -> str | None:
+    """What the probes call a turn: its reply, "question", or None where silence is right."""
+    return QUESTION if turn.label == QUESTION else turn.reply
+
+
 def turn_class(turn: Turn, known: dict[str, int]) -> int:
-    """The probe's class of a turn: of its label and reply if there is one, else of its label, else 0."""
-    return known.get(f"{turn.label}|{turn.reply}", known.get(turn.label, 0))
+    """The probe's class of a turn, 0 for what needs no answer and for what is rare."""
+    return known.get(class_name(turn) or "", 0)
 
 
-def sound_classes(streams: Iterable[Stream]) -> dict[str, int]:
-    """What the probes tell apart: labels, and labels with a frequent reply ("digit|seven"); from 1 on."""
-    turns = [turn for stream in streams for turn in stream.turns]
-    pairs = Counter(f"{turn.label}|{turn.reply}" for turn in turns if turn.reply is not None)
-    replies = Counter(name.split("|")[0] for name, count in pairs.items() if count >= RARE)
-    names = sorted({turn.label for turn in turns})
-    names += sorted(n for n, count in pairs.items() if count >= RARE and replies[n.split("|")[0]] > 1)
-    return {name: i for i, name in enumerate(names, start=1)}
+def sound_classes(streams: Iterable[Stream], rare: int = RARE) -> dict[str, int]:
+    """What the probes tell apart: every reply that at least `rare` turns give; from 1 on."""
+    names = (class_name(turn) for stream in streams for turn in stream.turns)
+    counts = Counter(name for name in names if name is not None)
+    return {name: i for i, name in enumerate(sorted(n for n in counts if counts[n] >= rare), start=1)}
 
 
 class Batches:

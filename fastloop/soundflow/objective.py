@@ -24,6 +24,7 @@ from ..config import ModelConfig
 from .sequence import IGNORED, TokenSequence
 from .trainable import Trainable
 
+NOTHING_WEIGHT = 0.2  # of audio tokens under which nothing is to be answered: most of them
 LOSSES = ("total", "control", "text", "heard", "recognised", "silent_right", "respond_right")
 
 
@@ -116,5 +117,9 @@ class Objective(nn.Module):
             return nothing, nothing
         normed = F.rms_norm(hidden, hidden.shape[-1:])
         pairs = ((tokens, self.model.heard), (normed, self.model.recognised))
-        heard, recognised = (F.cross_entropy(F.linear(x, w.to(x.dtype)).float(), active) for x, w in pairs)
+        rarity = torch.full((len(self.model.heard),), 1.0, device=active.device)
+        rarity[0] = NOTHING_WEIGHT
+        heard, recognised = (
+            F.cross_entropy(F.linear(x, w.to(x.dtype)).float(), active, weight=rarity) for x, w in pairs
+        )
         return heard, recognised
