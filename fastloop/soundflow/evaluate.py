@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import jiwer
 
 from .hear import Answer
+from .sequence import written
 from .shards import Stream, Turn
 from .statistics import NOTHING, Figure, bootstrap, share
 
@@ -41,11 +42,6 @@ def units(answers: Sequence[Answer]) -> list[Unit]:
         parts = answer.text.split() if written(answer.text) else [answer.text]
         found += [Unit(answer.t_s, part, answer.emotion) for part in parts]
     return found
-
-
-def written(text: str) -> bool:
-    """Digits and nothing else: the transcript of spoken digits."""
-    return text.replace(" ", "").isdigit()
 
 
 def kind(turn: Turn) -> str:

@@ -113,21 +113,27 @@ def due_chunk(answer_s: float, chunk_s: float) -> int:
     return max(0, math.ceil(answer_s / chunk_s - 1e-9) - 1)
 
 
+def written(text: str) -> bool:
+    """Digits and nothing else: the transcript of spoken digits."""
+    return text.replace(" ", "").isdigit()
+
+
 def due_replies(turns: Iterable[Turn], chunks: int, chunk_s: float) -> dict[int, Reply]:
-    """Chunk -> the reply due there. Two replies without emotion that fall into one chunk are said in one,
-    any other waits for the next free chunk; what falls behind the last chunk is dropped.
+    """Chunk -> the reply due there. Digits that fall due in one chunk are written together, any other reply
+    waits for the next free chunk; what falls behind the last chunk is dropped.
     """
     replies: dict[int, Reply] = {}
-    answered = [turn for turn in turns if turn.reply is not None and turn.answer_s is not None]
-    for turn in sorted(answered, key=lambda turn: turn.answer_s or 0.0):
-        chunk = due_chunk(turn.answer_s or 0.0, chunk_s)
-        reply = Reply(turn.reply or "", turn.emotion)
-        there = replies.get(chunk)
-        if there is not None and there.emotion is None and reply.emotion is None:
-            replies[chunk] = Reply(f"{there.text} {reply.text}")
-            continue
-        while chunk in replies:
+    due = [
+        (turn.answer_s, Reply(turn.reply, turn.emotion))
+        for turn in turns
+        if turn.answer_s is not None and turn.reply
+    ]
+    for answer_s, reply in sorted(due, key=lambda pair: pair[0]):
+        chunk = due_chunk(answer_s, chunk_s)
+        while chunk in replies and not (written(replies[chunk].text) and written(reply.text)):
             chunk += 1
+        if chunk in replies:
+            reply = Reply(f"{replies[chunk].text} {reply.text}", reply.emotion)
         if chunk < chunks:
             replies[chunk] = reply
     return replies
