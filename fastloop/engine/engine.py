@@ -276,9 +276,10 @@ class Engine:
 
     def memory_plan(self, sessions: int, config: SessionConfig | None = None) -> MemoryPlan:
         """Bytes for `sessions` sessions of one configuration (window_s=None is counted as 60 s)."""
-        return memory_plan(
-            self.model.config, self.model.weight_bytes, self._dtype, sessions, self.config, config
-        )
+        config = config or SessionConfig()
+        prompt = self._prompt_tokens(config)
+        weights = self.model.weight_bytes
+        return memory_plan(self.model.config, weights, self._dtype, sessions, self.config, config, prompt)
 
     def stats(self) -> dict[str, Any]:
         """Counters, latency percentiles and the state of the pool, as plain data."""

@@ -59,6 +59,8 @@ def memory_plan(
     prompt_tokens: tuple[int, int] = (64, 0),
 ) -> MemoryPlan:
     """What `sessions` sessions need, from configurations alone (`fastloop doctor` prints it)."""
+    if isinstance(sessions, bool) or not isinstance(sessions, int) or sessions < 1:
+        raise ValueError(f"memory_plan: sessions must be a positive integer, got {sessions!r}")
     engine, config = engine or EngineConfig(), config or SessionConfig()
     c, itemsize = model.decoder, torch.empty(0, dtype=dtype).element_size()
     if config.mode == "online" and config.window_s is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -32,10 +32,13 @@ class Counters:
     latency_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
 
     def summary(self) -> dict[str, Any]:
-        plain = {k: v for k, v in asdict(self).items() if not isinstance(v, deque)}
-        for name in ("step_seconds", "latency_seconds"):
-            values = getattr(self, name)
-            plain[name] = {f"p{q}": percentile(values, q) for q in (50, 99)} | {
-                "max": max(values, default=0.0)
-            }
+        """Plain data. Copies of the deques are made in one go: a step in another thread appends to them."""
+        plain: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            if isinstance(value, deque):
+                values = tuple(value)
+                shares = {f"p{q}": percentile(values, q) for q in (50, 99)}
+                plain[name] = shares | {"max": max(values, default=0.0)}
+            else:
+                plain[name] = value
         return plain

@@ -277,3 +277,77 @@ def test_stats_and_memory_plan(model: Model) -> None:
     assert plan.total_bytes > plan.weights_bytes
     assert dataclasses.replace(plan, sessions=9).total_bytes - plan.total_bytes == plan.kv_bytes_per_session
     assert torch.is_inference_mode_enabled() is False
+
+
+# ---- failures --------------------------------------------------------------------------------------------
+
+
+def test_nan_in_a_text_token_fails_that_session_alone(model: Model) -> None:
+    engine = Engine(model)
+    talking = SessionConfig(policy=DecisionPolicy(0.0, min_gap_s=60), sampling=Sampling(2.0), seed=3)
+    sick, well = engine.open(talking), engine.open(talking)
+    for session in (sick, well):
+        session.push(random_sound(0.4))
+    while sick.stream.spoken < 2:
+        engine.step()
+    engine.cache.v_pages[:, sick.stream.kv.pages] = float("nan")
+    engine.run_until_idle()
+    kinds = [e.type for e in sick.poll()]
+    assert kinds[:2] == ["decision", "response.start"] and kinds[-3:] == ["failed", "response.end", "closed"]
+    ends = [e for e in well.poll() if e.type == "response.end"]
+    assert len(ends) == 1 and ends[0].reason in ("end", "length")
+    assert engine.stats()["failures"] == 1 and engine.health()["status"] == "ok"
+    well.close()
+    check_clean(engine)
+
+
+def test_a_prompt_that_cannot_be_computed_takes_nothing(model: Model) -> None:
+    engine = Engine(model, EngineConfig(max_sessions=1))
+    prefill = engine.runner.prefill
+
+    def broken(ids: object, pages: object) -> None:
+        raise RuntimeError("no such kernel")
+
+    engine.runner.prefill = broken  # type: ignore[method-assign,assignment]
+    for _ in range(3):
+        with pytest.raises(RuntimeError, match="no such kernel"):
+            engine.open()
+        check_clean(engine)
+    engine.runner.prefill = prefill  # type: ignore[method-assign]
+    session = engine.open()
+    session.push(random_sound(0.4))
+    engine.run_until_idle()
+    assert len(session.poll()) >= 1
+    session.close()
+    check_clean(engine)
+
+
+def test_a_prompt_is_computed_once_for_all_who_share_it(model: Model) -> None:
+    """And again once its last session has closed: shared pages are counted, not kept."""
+    engine = Engine(model, EngineConfig(max_sessions=4))
+    computed, prefill = [], engine.runner.prefill
+
+    def counting(ids: tuple[int, ...], pages: list[int]) -> None:
+        computed.append(len(ids))
+        prefill(ids, pages)
+
+    engine.runner.prefill = counting  # type: ignore[method-assign,assignment]
+    first, second = engine.open(), engine.open()
+    other = engine.open(SessionConfig(system_prompt="another"))
+    assert len(computed) == 2 and first.stream.kv.prefix_pages == second.stream.kv.prefix_pages
+    first.close()
+    third = engine.open()
+    assert len(computed) == 2 and third.stream.kv.prefix_pages == second.stream.kv.prefix_pages
+    for session in (second, third, other):
+        session.close()
+    check_clean(engine)
+    engine.open().close()
+    assert len(computed) == 3
+
+
+def test_what_is_no_configuration_is_refused(model: Model) -> None:
+    engine = Engine(model)
+    for wrong in ({"mode": "online"}, "online", DecisionPolicy()):
+        with pytest.raises(TypeError, match="config must be a SessionConfig"):
+            engine.open(wrong)  # type: ignore[arg-type]
+    check_clean(engine)

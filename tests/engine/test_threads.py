@@ -14,6 +14,7 @@ import pytest
 from fastloop.checkpoint import Model
 from fastloop.config import small
 from fastloop.engine import Engine, Session
+from fastloop.engine.runner import StepBatch, StepResult
 from fastloop.errors import CapacityError
 from fastloop.events import Event
 from fastloop.options import EngineConfig, Sampling, SessionConfig
@@ -28,11 +29,11 @@ def model() -> Model:
     return random_model(small(layers=1), seed=3)
 
 
-def together(*jobs: Callable[[], None]) -> None:
+def together(*jobs: Callable[[], object]) -> None:
     """Run all at once; the first error of any thread is raised here."""
     errors: list[BaseException] = []
 
-    def run(job: Callable[[], None]) -> None:
+    def run(job: Callable[[], object]) -> None:
         try:
             job()
         except BaseException as error:
@@ -137,7 +138,7 @@ def test_one_session_pulled_at_from_all_sides(model: Model) -> None:
             time.sleep(0)
         session.close()
 
-    def until_closed(call: Callable[[], object]) -> Callable[[], None]:
+    def until_closed(call: Callable[[], object]) -> Callable[[], object]:
         def run() -> None:
             while not session.closed:
                 call()
@@ -169,7 +170,7 @@ def test_steps_from_several_threads_take_turns(model: Model) -> None:
     engine = Engine(model, EngineConfig(max_sessions=1))
     session = engine.open(SessionConfig(policy=lively_policy(model), max_response_tokens=10))
     session.push(random_sound(8.0, seed=2))
-    together(*[lambda: engine.run_until_idle() and None] * 4)
+    together(*[engine.run_until_idle] * 4)
     alone = Engine(model, EngineConfig(max_sessions=1))
     other = alone.open(session.config)
     other.push(random_sound(8.0, seed=2))
@@ -193,3 +194,37 @@ def test_closing_the_engine_while_sessions_are_opened(model: Model) -> None:
         assert engine.health()["sessions"] == 0
         engine.check()
         assert engine.cache.allocator.used == 0
+
+
+def test_no_call_but_open_and_snapshot_waits_for_the_model(model: Model) -> None:
+    """While a step is stuck in the model, everything else is answered."""
+    engine = Engine(model, EngineConfig(max_sessions=2))
+    session, other = engine.open(), engine.open()
+    session.push(random_sound(0.4))
+    inside, leave = threading.Event(), threading.Event()
+    step = engine.runner.step
+
+    def stuck(batch: StepBatch) -> StepResult:
+        inside.set()
+        assert leave.wait(LIMIT_S)
+        return step(batch)
+
+    engine.runner.step = stuck  # type: ignore[method-assign]
+
+    def use() -> None:
+        assert inside.wait(LIMIT_S)
+        try:
+            together(
+                lambda: (session.push(random_sound(1.0)), session.flush()),
+                session.poll,
+                session.cancel,
+                other.close,
+                engine.stats,
+                engine.health,
+                lambda: engine.memory_plan(3),
+            )
+        finally:
+            leave.set()
+
+    together(engine.run_until_idle, use)
+    assert other.closed and session.t == pytest.approx(1.6) and session.idle
