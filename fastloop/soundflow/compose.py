@@ -17,7 +17,7 @@ from . import voices
 from .grammar import Rule
 from .grounding import Layer, Part, Plan
 from .questions import ask
-from .render import VOICE, Rendered, Span, audible, clip_sound, render
+from .render import VOICE, WEAKEST, Rendered, Span, audible, clip_sound, render
 from .scenes import GAP_SAME_S, audible_rms, tilt
 from .sequence import Reply
 from .shards import SILENCE
@@ -194,7 +194,7 @@ def _ask(plan: Plan, library: Library, mix: np.ndarray, turns: list[Turn], at: f
     latest = plan.seconds - TAIL_S - len(x) / SAMPLE_RATE
     begin = min(latest, max(at + 1.0, latest - rng.uniform(0, 1.5)))
     levels = [part.level_db for part in plan.parts] + [layer.level_db + 8 for layer in plan.layers]
-    start, end = audible(x)
+    start, end = audible(x, WEAKEST)
     span = Span(question.text, str(voice), start, end, question.answer, end)
     part = Part(
         "question", (str(voice),), 0, 0.0, min(max([*levels, -45.0]), -12.0), 0.0, question.answer, own=True

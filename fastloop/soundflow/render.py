@@ -17,6 +17,7 @@ from .sounds import DIGITS, GENERATORS, SYNTHETIC, Library, sound_of
 from .synth import Rng, fade, samples
 
 VOICE = "espeak-ng/"
+WEAKEST = 0.0056  # of its peak, the weakest that belongs to a spoken word (-45 dB): the s of six
 MARGIN_S = 0.02  # kept of a clip before and after what is heard
 CUT_S = 1.0  # a sound that is too long is cut in the quietest place of its last second
 
@@ -45,9 +46,9 @@ class Rendered:
         return max(span.end_s for span in self.spans)
 
 
-def audible(x: np.ndarray) -> tuple[float, float]:
-    """First and last time, in seconds, at which x is within 30 dB of its peak; (0, 0) for silence."""
-    heard = np.flatnonzero(np.abs(x) >= max(AUDIBLE * float(np.abs(x).max(initial=0.0)), 1e-12))
+def audible(x: np.ndarray, part: float = AUDIBLE) -> tuple[float, float]:
+    """First and last time, in seconds, at which x is at least `part` of its peak; (0, 0) for silence."""
+    heard = np.flatnonzero(np.abs(x) >= max(part * float(np.abs(x).max(initial=0.0)), 1e-12))
     return (heard[0] / SAMPLE_RATE, (heard[-1] + 1) / SAMPLE_RATE) if len(heard) else (0.0, 0.0)
 
 
@@ -113,7 +114,7 @@ def _string(library: Library, part: Part) -> Rendered:
             x = clip_sound(library, library.clip(source), tfjp=False)
         x = fade(_faster(np.asarray(x, dtype=np.float64), part.speed), 0.004)
         gap = samples(pause) if pieces else 0
-        first, last = audible(x)
+        first, last = audible(x, WEAKEST)
         begin = (at + gap) / SAMPLE_RATE
         spans.append(Span(word, source, begin + first, begin + last, Reply(DIGITS[word]), begin + last))
         pieces += [np.zeros(gap), x]
@@ -138,7 +139,7 @@ def _dry(rng: Rng, library: Library, part: Part, room_s: float, tfjp: bool) -> R
         clip = library.clip(source)
         user = clip.text or user
         x = fade(_faster(shortened(clip_sound(library, clip, tfjp), longest), part.speed), 0.015)
-    start, end = audible(x)
+    start, end = audible(x, WEAKEST if part.text else AUDIBLE)
     due = end if part.text else min(start + sound.heard_s, end)
     return Rendered(x, (Span(user, source, start, end, part.reply, due),))
 

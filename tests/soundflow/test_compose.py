@@ -20,7 +20,7 @@ from fastloop.soundflow.compose import compose
 from fastloop.soundflow.grammar import Rule
 from fastloop.soundflow.grounding import Layer, Part, Plan
 from fastloop.soundflow.questions import ask
-from fastloop.soundflow.render import audible, clip_sound, render
+from fastloop.soundflow.render import WEAKEST, audible, clip_sound, render
 from fastloop.soundflow.scenes import AUDIBLE
 from fastloop.soundflow.sequence import Reply
 from fastloop.soundflow.shards import SILENCE, parse_stream
@@ -109,7 +109,7 @@ def test_a_string_of_clips_keeps_their_order_and_pauses(library: Library) -> Non
     edges = []  # what is not heard of a clip before and after its word
     for name in names:
         pcm = library.pcm(library.clip(name))
-        start, end = audible(pcm)
+        start, end = audible(pcm, WEAKEST)
         edges.append((start / 1.1, (len(pcm) / SAMPLE_RATE - end) / 1.1))
     assert gaps[0] == pytest.approx(edges[0][1] + 0.3 + edges[1][0], abs=0.01)
     assert gaps[1] == pytest.approx(edges[1][1] + 0.6 + edges[2][0], abs=0.01)
