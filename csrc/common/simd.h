@@ -43,25 +43,40 @@ FASTLOOP_INLINE Lanes load_some(const float* from, size_t count) {
 }
 FASTLOOP_INLINE void store_some(float* to, Lanes v, size_t count) { __builtin_memcpy(to, &v, count * sizeof(float)); }
 
-// Sum and maximum over the lanes, always in the same order. The maximum is NaN where a lane is.
-FASTLOOP_INLINE float sum(Lanes v) {
-    float lane[kLanes];
-    store(lane, v);
-    for (size_t width = kLanes / 2; width > 0; width /= 2)
-        for (size_t i = 0; i < width; ++i) lane[i] += lane[i + width];
-    return lane[0];
-}
-FASTLOOP_INLINE Lanes louder(Lanes a, Lanes b) { return (a > b) | (a != a) ? a : b; }
-FASTLOOP_INLINE float maximum(Lanes v) {
-    float lane[kLanes];
-    store(lane, v);
-    for (size_t width = kLanes / 2; width > 0; width /= 2)
-        for (size_t i = 0; i < width; ++i) {
-            const float a = lane[i], b = lane[i + width];
-            lane[i] = (a > b) | (a != a) ? a : b;
-        }
-    return lane[0];
-}
+// Halves of a vector, folded by + or > until one lane is left: sum and maximum over the lanes, always in the same order.
+// The maximum takes no NaN: it is one only where all lanes are.
+#define FASTLOOP_FOLD(name, combine)                                                                  \
+    FASTLOOP_INLINE float name(Quad v) {                                                              \
+        const Quad half = combine(v, __builtin_shufflevector(v, v, 2, 3, 0, 1));                      \
+        const Quad last = combine(half, __builtin_shufflevector(half, half, 1, 0, 3, 2));             \
+        return last[0];                                                                               \
+    }                                                                                                 \
+    FASTLOOP_FOLD_8(name, combine)                                                                    \
+    FASTLOOP_FOLD_16(name, combine)
+#if FASTLOOP_LANES >= 8
+typedef float Oct __attribute__((vector_size(32)));
+#define FASTLOOP_FOLD_8(name, combine)                                                                \
+    FASTLOOP_INLINE float name(Oct v) {                                                               \
+        return name(combine(__builtin_shufflevector(v, v, 0, 1, 2, 3),                                \
+                            __builtin_shufflevector(v, v, 4, 5, 6, 7)));                              \
+    }
+#else
+#define FASTLOOP_FOLD_8(name, combine)
+#endif
+#if FASTLOOP_LANES == 16
+#define FASTLOOP_FOLD_16(name, combine)                                                               \
+    FASTLOOP_INLINE float name(Lanes v) {                                                             \
+        return name(combine(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7),                    \
+                            __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15)));            \
+    }
+#else
+#define FASTLOOP_FOLD_16(name, combine)
+#endif
+#define FASTLOOP_ADD(a, b) ((a) + (b))
+#define FASTLOOP_MORE(a, b) ((a) > (b) ? (a) : (b))
+FASTLOOP_FOLD(sum, FASTLOOP_ADD)
+FASTLOOP_FOLD(maximum, FASTLOOP_MORE)
+FASTLOOP_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 
 // The nearest whole number, half to even; |x| < 2^22.
 FASTLOOP_INLINE Lanes nearest(Lanes x) {
@@ -116,6 +131,22 @@ FASTLOOP_INLINE Lanes exp(Lanes x) {
     const Lanes a = reinterpret_cast<Lanes>((half + 127) << 23), b = reinterpret_cast<Lanes>((whole - half + 127) << 23);
     const Lanes scaled = (y * a) * b;  // in two steps: 2^128 alone is no float
     return x < -87.3f ? Lanes{} : (x > 88.7228f ? splat(__builtin_inff()) : scaled);
+}
+
+// The same for x <= 0, -inf or NaN, in fewer steps: what an online softmax asks for.
+FASTLOOP_INLINE Lanes exp_below(Lanes x) {
+    constexpr float kLog2E = 1.44269504f, kHigh = 0.693145752f, kLow = 1.42860677e-6f;
+    const Lanes inside = x < -87.3f ? splat(-87.3f) : x;
+    const Lanes n = nearest(inside * kLog2E);
+    const Lanes f = (inside - n * kHigh) - n * kLow;
+    Lanes q = splat(0.00138144649f);
+    q = q * f + 0.00836878084f;
+    q = q * f + 0.0416683927f;
+    q = q * f + 0.166665196f;
+    q = q * f + 0.49999994f;
+    const Lanes y = (f * f) * q + f + 1.0f;
+    const Lanes scale = reinterpret_cast<Lanes>((__builtin_convertvector(n, IntLanes) + 127) << 23);
+    return x < -87.3f ? Lanes{} : y * scale;
 }
 
 // x / (1 + e^-x)

@@ -37,6 +37,21 @@ FASTLOOP_INLINE int32_t unit_of(const Bfloat16*, const float* x) {
     return static_cast<int32_t>(static_cast<uint32_t>(bfloat16(x[1])) << 16 | bfloat16(x[0]));
 }
 
+// `span` numbers -> units in a row.
+FASTLOOP_INLINE void units_of(const Float32*, const float* x, size_t span, int32_t* to) {
+    __builtin_memcpy(to, x, span * sizeof(float));
+}
+FASTLOOP_INLINE void units_of(const Bfloat16*, const float* x, size_t span, int32_t* to) {
+    typedef uint16_t HalfLanes __attribute__((vector_size(2 * FASTLOOP_LANES)));
+    for (size_t s = 0; s < span; s += kLanes) {
+        const Lanes v = load(x + s);
+        const IntLanes bits = reinterpret_cast<IntLanes>(v);
+        const IntLanes rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+        const HalfLanes half = __builtin_convertvector(v == v ? rounded : ((bits >> 16) | 0x40), HalfLanes);
+        __builtin_memcpy(reinterpret_cast<char*>(to) + 2 * s, &half, sizeof half);
+    }
+}
+
 // One tile's keys and values, gathered; NULL stands for a slot that holds nothing.
 template <class Kind>
 struct Slots {
@@ -132,18 +147,42 @@ struct Attend {
 
     static void place_unit(const float* const* value, size_t first, size_t count, unsigned char* to) {
         if (*value == nullptr) __builtin_memset(to, 0, count * 4);
+        else if (count == kPanel) __builtin_memcpy(to, *value + first, kPanel * 4);
         else __builtin_memcpy(to, *value + first, count * 4);
     }
     static void place_unit(const uint16_t* const* value, size_t first, size_t count, unsigned char* to) {
         static const uint16_t kNone[kPanel] = {};
         const uint16_t* const a = value[0] == nullptr ? kNone : value[0] + first;
         const uint16_t* const b = value[1] == nullptr ? kNone : value[1] + first;
-        uint32_t both[kPanel];
-        for (size_t c = 0; c < count; ++c) both[c] = static_cast<uint32_t>(b[c]) << 16 | a[c];
-        __builtin_memcpy(to, both, count * 4);
+        if (count == kPanel) {
+            for (size_t c = 0; c < kPanel; c += kLanes) {
+                typedef uint16_t HalfLanes __attribute__((vector_size(2 * FASTLOOP_LANES)));
+                HalfLanes low, high;
+                __builtin_memcpy(&low, a + c, sizeof low);
+                __builtin_memcpy(&high, b + c, sizeof high);
+                const IntLanes both = __builtin_convertvector(low, IntLanes) | (__builtin_convertvector(high, IntLanes) << 16);
+                __builtin_memcpy(to + 4 * c, &both, sizeof both);
+            }
+            return;
+        }
+        for (size_t c = 0; c < count; ++c) {
+            const uint32_t both = static_cast<uint32_t>(b[c]) << 16 | a[c];
+            __builtin_memcpy(to + 4 * c, &both, 4);
+        }
     }
 
-    // One tile of `count` slots; hide(row, scores [64]) puts -inf where the row may not look, behind `count` too.
+    // Asks for the keys and values of a tile that comes next.
+    static void fetch(const Slots<Kind>& slots, size_t width) {
+        for (size_t s = 0; s < kSlotTile; ++s) {
+            if (slots.keys[s] == nullptr) continue;
+            for (size_t byte = 0; byte < width * sizeof(Element); byte += 64) {
+                __builtin_prefetch(reinterpret_cast<const char*>(slots.keys[s]) + byte, 0, 2);
+                __builtin_prefetch(reinterpret_cast<const char*>(slots.values[s]) + byte, 0, 2);
+            }
+        }
+    }
+
+    // One tile of `count` slots; hide(row, scores, span) puts -inf where the row may not look, of `span` >= count scores.
     template <class Hide>
     void tile(const Slots<Kind>& slots, size_t count, Hide&& hide) {
         place_keys(slots, count);
@@ -170,12 +209,14 @@ struct Attend {
             sum_block<Kind, R>(block, keys + half * units * kPanel * 4, q + begin * units, units);
             block.put(scores + half * kPanel, kSlotTile);
         }
+        const size_t span = (count + kPanel - 1) / kPanel * kPanel;
+        for (size_t r = 0; r < R; ++r) hide(begin + r, scores + r * kSlotTile, span);
+        soften<R>(begin, scores, span);
         int32_t* const packed = weights + begin * kTileUnits;
         for (size_t r = 0; r < R; ++r) {
-            hide(begin + r, scores + r * kSlotTile);
-            soften(begin + r, scores + r * kSlotTile);
-            for (size_t u = 0; u < tile_units; ++u)
-                packed[u * R + r] = unit_of(static_cast<const Kind*>(nullptr), scores + r * kSlotTile + u * kInUnit);
+            alignas(64) int32_t unit[kTileUnits];
+            units_of(static_cast<const Kind*>(nullptr), scores + r * kSlotTile, span, unit);
+            for (size_t u = 0; u < tile_units; ++u) packed[u * R + r] = unit[u];
         }
         for (size_t panel = 0; panel < panels; ++panel) {
             Block<Kind, R> block;
@@ -184,28 +225,32 @@ struct Attend {
         }
     }
 
-    // Scores of one row -> weights; its maximum and total move on.
-    void soften(size_t row, float* score) {
-        Lanes loudest = load(score);
-        for (size_t s = kLanes; s < kSlotTile; s += kLanes) loudest = louder(loudest, load(score + s));
-        const float here = maximum(loudest), before = top[row];
-        const float now = (here > before) | (here != here) ? here : before;
-        if (now == -__builtin_inff()) {  // nothing to see yet
-            for (size_t s = 0; s < kSlotTile; ++s) score[s] = 0.0f;
-            keep[row] = 1.0f;
-            return;
+    // Scores of R rows -> weights; their maxima and totals move on.
+    template <size_t R>
+    void soften(size_t begin, float* scores, size_t span) {
+        alignas(64) float step[(R + kLanes - 1) / kLanes * kLanes] = {};  // how far each maximum moves, <= 0
+        for (size_t r = 0; r < R; ++r) {
+            const float* const score = scores + r * kSlotTile;
+            Lanes loudest = load(score);
+            for (size_t s = kLanes; s < span; s += kLanes) loudest = larger(loudest, load(score + s));
+            const float here = maximum(loudest), before = top[begin + r];
+            const float now = here > before ? here : before;  // NaN is no maximum: it comes back through the total
+            step[r] = now == before ? 0.0f : before - now;  // -inf - -inf: nothing to see yet
+            top[begin + r] = now;
         }
-        Lanes added = {};
-        for (size_t s = 0; s < kSlotTile; s += kLanes) {
-            const Lanes p = exp(load(score + s) - now);
-            store(score + s, p);
-            added += p;
+        for (size_t r = 0; r < R; r += kLanes) store(step + r, exp_below(load(step + r)));
+        for (size_t r = 0; r < R; ++r) {
+            float* const score = scores + r * kSlotTile;
+            const float now = top[begin + r], from = now == -__builtin_inff() ? 0.0f : now;
+            Lanes added = {};
+            for (size_t s = 0; s < span; s += kLanes) {
+                const Lanes p = exp_below(load(score + s) - from);
+                store(score + s, p);
+                added += p;
+            }
+            keep[begin + r] = step[r];
+            total[begin + r] = total[begin + r] * step[r] + sum(added);
         }
-        float factor[kLanes];
-        store(factor, exp(splat(before - now)));
-        keep[row] = factor[0];
-        total[row] = total[row] * factor[0] + sum(added);
-        top[row] = now;
     }
 
     // out [K] of a row whose slots were all seen.

@@ -19,8 +19,8 @@ void block_attention(const BlockAttention& call, size_t head, unsigned char* scr
             slots.values[i] = real ? q + (first + i) * row + 2 * embedding : nullptr;
         }
         const size_t left = call.positions - first, count = left < kSlotTile ? left : kSlotTile;
-        state.tile(slots, count, [&](size_t, float* score) {
-            for (size_t s = count; s < kSlotTile; ++s) score[s] = -__builtin_inff();
+        state.tile(slots, count, [&](size_t, float* score, size_t span) {
+            for (size_t s = count; s < span; ++s) score[s] = -__builtin_inff();
         });
     }
     for (size_t t = 0; t < call.positions; ++t) state.result(t, call.out + t * embedding + head * call.width);

@@ -150,11 +150,11 @@ float magnitude(const float* x, size_t count) {
     size_t k = 0;
     for (; k + kLanes <= count; k += kLanes) {
         const Lanes v = load(x + k);
-        top = louder(top, v < 0.0f ? -v : v);
+        top = larger(top, v < 0.0f ? -v : v);
         odd += v - v;
     }
     const Lanes v = load_some(x + k, count - k);
-    top = louder(top, v < 0.0f ? -v : v);
+    top = larger(top, v < 0.0f ? -v : v);
     odd += v - v;
     return maximum(top) + sum(odd);
 }

@@ -9,17 +9,22 @@ using fastloop::PagedAttention;
 
 namespace {
 
-// The slots of a tile from `first` on.
+// The slots of a tile from `first` on, page by page.
 template <class Kind>
 void gather(const PagedAttention& call, const AttentionJob& job, size_t first, size_t last, Slots<Kind>& to) {
     typedef typename Stored<Kind>::Type Element;
     const fastloop::Pages& p = call.pages;
-    for (size_t i = 0; i < kSlotTile; ++i) {
+    const size_t each = p.groups * p.width;
+    size_t page = first / p.page_tokens, offset = first % p.page_tokens;
+    for (size_t i = 0; i < kSlotTile; ++i, ++offset) {
         const size_t slot = first + i;
+        if (offset == p.page_tokens) {
+            offset = 0;
+            ++page;
+        }
         to.keys[i] = to.values[i] = nullptr;
         if (slot >= last || (slot >= job.gap_first && slot < job.gap_last)) continue;
-        const size_t page = static_cast<size_t>(job.table[slot / p.page_tokens]);
-        const size_t at = ((page * p.page_tokens + slot % p.page_tokens) * p.groups + job.group) * p.width;
+        const size_t at = (static_cast<size_t>(job.table[page]) * p.page_tokens + offset) * each + job.group * p.width;
         to.keys[i] = static_cast<const Element*>(p.keys) + at;
         to.values[i] = static_cast<const Element*>(p.values) + at;
     }
@@ -33,17 +38,23 @@ void attend(const PagedAttention& call, const AttentionJob& job, unsigned char* 
     for (size_t r = 0; r < job.rows; ++r)
         for (size_t h = 0; h < repeat; ++h)
             state.query(r * repeat + h, call.q + ((job.first_row + r) * call.heads + job.group * repeat + h) * width, scale);
+    Slots<Kind> slots, next;
+    const auto end_of = [&](size_t first) { return first + kSlotTile < job.last_slot ? first + kSlotTile : job.last_slot; };
+    gather<Kind>(call, job, job.first_slot, end_of(job.first_slot), next);
     for (size_t first = job.first_slot; first < job.last_slot; first += kSlotTile) {
-        const size_t behind = first + kSlotTile, last = behind < job.last_slot ? behind : job.last_slot;
+        const size_t behind = first + kSlotTile, last = end_of(first);
+        slots = next;
+        if (behind < job.last_slot) {
+            gather<Kind>(call, job, behind, end_of(behind), next);
+            if (job.group == 0) state.fetch(next, width * call.pages.groups);  // the jobs of the other groups come next
+        }
         if (first >= job.gap_first && last <= job.gap_last) continue;
-        Slots<Kind> slots;
-        gather<Kind>(call, job, first, last, slots);
         const bool touches_gap = first < job.gap_last && behind > job.gap_first;
-        const bool whole = behind <= last && !touches_gap && behind - 1 <= job.own_slot;
-        state.tile(slots, last - first, [&](size_t row, float* score) {
+        const bool whole = behind <= last && !touches_gap && last - 1 <= job.own_slot;
+        state.tile(slots, last - first, [&](size_t row, float* score, size_t span) {
             if (whole) return;
             const size_t own = job.own_slot + row / repeat, end = own + 1 < last ? own + 1 : last;
-            for (size_t s = 0; s < kSlotTile; ++s) {
+            for (size_t s = 0; s < span; ++s) {
                 const size_t slot = first + s;
                 if (slot >= end || (slot >= job.gap_first && slot < job.gap_last)) score[s] = -__builtin_inff();
             }
