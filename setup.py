@@ -80,7 +80,8 @@ def version() -> str:
 EXTRAS = {
     "cuda": ["flash-attn", "cupy-cuda13x", "nvidia-ml-py"],
     "serve": ["starlette", "uvicorn", "msgspec", "prometheus-client"],
-    "train": ["lightning", "webdataset", "jiwer", "sacrebleu", "tensorboard", "matplotlib"],
+    "train": ["lightning", "webdataset", "jiwer", "matplotlib"],
+    "ray": ["ray[data]"],
     "mic": ["sounddevice"],
     "bench": ["pytest", "pytest-benchmark", "openai-whisper", "transformers>=4.57.6", "matplotlib"],
     "test": [
@@ -89,7 +90,13 @@ EXTRAS = {
         "hypothesis",
         "openai-whisper",
         "transformers>=4.57.6",
+        "librosa",
         "scipy",
+        "lightning",
+        "webdataset",
+        "jiwer",
+        "matplotlib",
+        "ray[data]",
         "ruff",
         "mypy",
         "types-PyYAML",
@@ -107,7 +114,10 @@ setup(
     python_requires=">=3.10",
     packages=[*find_packages(include=["fastloop", "fastloop.*"]), "fastloop.triton_kernels"],
     package_dir={"fastloop": "fastloop", "fastloop.triton_kernels": "triton_kernels"},
-    package_data={"fastloop": ["py.typed", "models/**/*", "serve/web/**/*"]},
+    package_data={
+        "fastloop": ["py.typed", "models/**/*", "soundflow/**/*.yaml"],
+        "fastloop.triton_kernels": ["tables/*.json"],
+    },
     include_package_data=False,
     install_requires=[
         "torch>=2.11",
