@@ -25,6 +25,7 @@ from .mel import mel_triton
 from .paged_attention import paged_attention_triton
 from .rms_norm import rms_norm_triton
 from .rope_append import rope_append_triton
+from .sample import sample_triton
 
 MODEL = published_3b()
 E, D = MODEL.encoder.width, MODEL.decoder.width
@@ -113,6 +114,13 @@ def _mel(streams: int, edge: str = "reflect", clamp: str = "running") -> None:
     mel_triton(pcm, slots, tail, peak, _empty(1024, dtype=I64), filters, bands, edge, clamp)
 
 
+def _sample(rows: int, dtype: torch.dtype = BF16) -> None:
+    vocab = MODEL.decoder.vocab_padded
+    numbers, ints = _empty(rows, dtype=F32), _empty(rows, dtype=I64)
+    banned = _empty(2, vocab, dtype=torch.bool)
+    sample_triton(_empty(rows, vocab, dtype=dtype), banned, ints, numbers, ints, numbers, ints, ints)
+
+
 QKV, FFN, VOCAB = MODEL.decoder.qkv_rows, MODEL.decoder.ffn, MODEL.decoder.vocab_padded
 LINEAR: dict[str, Callable[[int], None]] = {  # the matrices of the model, by the rows of a call
     "decoder qkv": lambda rows: _linear(rows, D, QKV),
@@ -183,4 +191,5 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
         "edge wait": lambda: _mel(1, "wait"),
         "clamp global": lambda: _mel(1, "reflect", "global"),
     },
+    "sample": {"a token": lambda: _sample(1), "float32": lambda: _sample(1, F32)},
 }

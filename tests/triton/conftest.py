@@ -33,7 +33,7 @@ def _import_kernels() -> None:
                 "triton was imported before tests/triton, to compile; its interpreter needs a fresh process: "
                 "run pytest tests/triton on its own, or with TRITON_INTERPRET=1 in the environment"
             )
-        for op in (o for o in REGISTRY if importlib.util.find_spec(f"fastloop.triton_kernels.{o}")):
+        for op in REGISTRY:
             importlib.import_module(f"fastloop.triton_kernels.{op}")
 
 
