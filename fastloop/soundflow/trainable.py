@@ -22,8 +22,17 @@ from ..encoder import Encoder, encoder_shapes
 Weights = dict[str, Tensor]
 
 
+STEM_GAINS = {"encoder.conv1.weight": 6.0, "encoder.conv2.weight": 2.0}
+
+
 def initial_weights(config: ModelConfig, seed: int) -> Weights:
-    """Unit-gain linear layers, residual branches scaled down by depth, zero biases; float32."""
+    """Unit-gain linear layers, residual branches scaled down by depth, zero biases; float32.
+
+    Log-mel frames are one large offset, the loudness, and small differences, the sound. The first filters
+    have a zero mean over the bins, so that they see the differences alone, and a gain that brings these to
+    the size of the positions that are added behind the stem (both measured on streams: 0.16 of the positions'
+    0.7 without it, 1.1 with it). Else a young encoder sees little but where in the chunk it is.
+    """
     generator = torch.Generator().manual_seed(seed)
     weights: Weights = {}
     for name, shape in (encoder_shapes(config) | decoder_shapes(config)).items():
@@ -34,6 +43,9 @@ def initial_weights(config: ModelConfig, seed: int) -> Weights:
         else:
             value = torch.randn(shape, generator=generator)
             value *= 0.5 if name == "decoder.embed.weight" else math.prod(shape[1:]) ** -0.5
+            if name == "encoder.conv1.weight":
+                value -= value.mean(dim=1, keepdim=True)
+            value *= STEM_GAINS.get(name, 1.0)
             if name.endswith(("out.weight", "down.weight", "fc2.weight")):
                 layers = config.encoder.layers if name.startswith("encoder.") else config.decoder.layers
                 value *= (2 * layers) ** -0.5
