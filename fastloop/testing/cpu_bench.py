@@ -45,7 +45,17 @@ def nano() -> ModelConfig:
     )
 
 
-SIZES: dict[str, Callable[[], ModelConfig]] = {"nano": nano, "3b": published_3b}
+def third() -> ModelConfig:
+    """The published dims with a third of the decoder's layers and vocabulary: where memory is short."""
+    whole = published_3b()
+    vocab = whole.decoder.vocab_padded // 3
+    decoder = dataclasses.replace(
+        whole.decoder, layers=whole.decoder.layers // 3, vocab=vocab, vocab_padded=vocab
+    )
+    return dataclasses.replace(small(vocab=vocab), name="3b-third", encoder=whole.encoder, decoder=decoder)
+
+
+SIZES: dict[str, Callable[[], ModelConfig]] = {"nano": nano, "3b": published_3b, "3b-third": third}
 
 
 class RandomWeights(Mapping[str, Any]):
@@ -191,25 +201,31 @@ class CpuBench:
             "mel", lambda: mel_chunk(state, slots, pcm), operations, moved, sessions, precision="float32"
         )
 
-    def encoder(self, sessions: int) -> Figure:
+    def encoder_call(self, sessions: int) -> Callable[[], None]:
         """One chunk of each session: mel frames to audio tokens."""
         c = self.config
         frames = torch.randn(sessions, c.chunk_frames, MEL_BINS)
         tokens = torch.empty(sessions, c.chunk_tokens, c.decoder.width)
-        count = sum(math.prod(s) for n, s in encoder_shapes(c).items() if len(s) > 1)
-        precision = "int8" if self.precision == "int4" else self.precision
 
         def call() -> None:
             self.packed.encoder.encode(
                 self.team, sessions, c.chunk_frames, frames.data_ptr(), tokens.data_ptr()
             )
 
+        return call
+
+    def encoder(self, sessions: int) -> Figure:
+        """The time of `encoder_call`."""
+        c = self.config
+        count = sum(math.prod(s) for n, s in encoder_shapes(c).items() if len(s) > 1)
+        precision = "int8" if self.precision == "int4" else self.precision
+        call = self.encoder_call(sessions)
         operations = 2.0 * count * sessions * c.chunk_frames / 2
         return self.figure(
             "encoder", call, operations, count * WEIGHT_BYTES[precision], sessions, precision=precision
         )
 
-    def step(self, name: str, rows: int, sessions: int, context: int, logits: bool) -> Figure:
+    def step_call(self, rows: int, sessions: int, context: int, logits: bool) -> Callable[[], None]:
         """A ragged step: `rows` new rows for each session behind `context` positions."""
         c, total = self.config.decoder, rows * sessions
         pages = -(-(context + rows) // PAGE)
@@ -253,7 +269,12 @@ class CpuBench:
                 logits=out.data_ptr(),
             )
 
+        return call
+
+    def step(self, name: str, rows: int, sessions: int, context: int, logits: bool) -> Figure:
+        """The time of `step_call`."""
         operations, moved = self._step_work(rows, sessions, context, logits)
+        call = self.step_call(rows, sessions, context, logits)
         return self.figure(name, call, operations, moved, sessions, context)
 
     def _step_work(self, rows: int, sessions: int, context: int, logits: bool) -> tuple[float, float]:
