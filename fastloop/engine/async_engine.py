@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,13 @@ class AsyncEngine:
 
     async def open(self, config: SessionConfig | None = None) -> Session:
         """`Engine.open` without blocking the event loop."""
-        return await asyncio.to_thread(self.engine.open, config)
+        return await _owned(self.engine.open, config)
 
     async def snapshot(self, session: Session) -> bytes:
         return await asyncio.to_thread(self.engine.snapshot, session)
 
     async def restore(self, data: bytes) -> Session:
-        return await asyncio.to_thread(self.engine.restore, data)
+        return await _owned(self.engine.restore, data)
 
     def stats(self) -> dict[str, Any]:
         return self.engine.stats()
@@ -114,3 +115,18 @@ class AsyncEngine:
             if not busy:
                 self._idle.set()
                 self.engine.work.wait()  # set until the next step begins, so `_wait_idle` sees one of the two
+
+
+async def _owned(call: Callable[..., Session], *arguments: Any) -> Session:
+    """The session that a call in another thread opens; closed there if nobody waits for it any more."""
+    opening = asyncio.ensure_future(asyncio.to_thread(call, *arguments))
+    try:
+        return await asyncio.shield(opening)
+    except asyncio.CancelledError:
+        opening.add_done_callback(_abandon)
+        raise
+
+
+def _abandon(opening: asyncio.Future[Session]) -> None:
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()

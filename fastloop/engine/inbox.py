@@ -33,7 +33,8 @@ class Inbox:
         self.received = 0  # samples ever received, padding included
         self.flushed = 0  # `received` after the last flush
         self.resampler: Resampler | None = None
-        self._arrivals: deque[tuple[int, float]] = deque()  # (received after a push, monotonic seconds)
+        # (received after a push, monotonic seconds), of those pushes that completed a chunk
+        self._arrivals: deque[tuple[int, float]] = deque()
 
     def push(self, pcm: object, sample_rate: int, backlog_s: float) -> float:
         """Append audio; returns the seconds queued, `backlog_s` (chunks not yet decided) included.
@@ -120,11 +121,24 @@ class Inbox:
             self._append(self.resampler.flush())
 
     def _append(self, samples: np.ndarray) -> None:
-        if len(samples):
-            self.blocks.append(samples)
-            self.waiting += len(samples)
-            self.received += len(samples)
+        """Pushes of single samples are joined: what waits costs memory by the second, not by the push."""
+        if not len(samples):
+            return
+        if self.blocks and len(self.blocks[-1]) + len(samples) <= self.chunk_samples:
+            samples_here = np.concatenate((self.blocks.pop(), samples))
+        else:
+            samples_here = samples
+        self.blocks.append(samples_here)
+        before = self._chunks_received
+        self.waiting += len(samples)
+        self.received += len(samples)
+        if self._chunks_received > before:
             self._arrivals.append((self.received, time.monotonic()))
+
+    @property
+    def _chunks_received(self) -> int:
+        """Whole chunks that have come; -1 before the lead is complete."""
+        return (self.received - self.lead_samples) // self.chunk_samples
 
     def _pop(self, count: int) -> np.ndarray:
         parts, missing = [], count

@@ -203,6 +203,34 @@ def test_close_under_load_ends_every_stream_of_events(model: Model) -> None:
     run(main())
 
 
+def test_a_caller_that_gives_up_opening_leaves_no_session(model: Model) -> None:
+    """It is cancelled while the model computes a prompt; the session that comes of it is closed."""
+
+    async def main() -> None:
+        async with AsyncEngine(Engine(model, EngineConfig(max_sessions=1))) as served:
+            inside, leave = threading.Event(), threading.Event()
+            prefill = served.engine.runner.prefill
+
+            def slow(*arguments: Any) -> None:
+                inside.set()
+                leave.wait(LIMIT_S)
+                prefill(*arguments)
+
+            served.engine.runner.prefill = slow  # type: ignore[method-assign]
+            opening = asyncio.create_task(served.open())
+            await asyncio.to_thread(inside.wait, LIMIT_S)
+            opening.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await opening
+            leave.set()
+            while served.health()["sessions"] or served.engine.counters.sessions_opened == 0:
+                await asyncio.sleep(0)
+            (await served.open()).close()
+            served.engine.check()
+
+    run(main())
+
+
 def fastloop_threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name == "fastloop"]
 

@@ -215,6 +215,22 @@ def test_what_is_taken_out_of_the_queue_counts_until_it_is_decided(model: Model)
     assert session.queued_seconds == 0 and session.idle
 
 
+@pytest.mark.parametrize("edge", ["reflect", "wait"])
+def test_single_samples_cost_no_more_memory_than_seconds(model: Model, edge: str) -> None:
+    """What waits is kept in few pieces however it came, and each chunk knows when it was complete."""
+    engine = Engine(model, EngineConfig(max_sessions=1))
+    session = engine.open(SessionConfig(policy=NEVER, edge=edge))
+    inbox, sound = session.stream.inbox, random_sound(1.3)
+    for sample in sound[:, None]:
+        session.push(sample)
+    assert len(inbox.blocks) <= 5 and len(inbox._arrivals) <= 4
+    assert np.array_equal(inbox.export()[0], sound)
+    engine.run_until_idle()
+    left = 0.1 - session.stream.inbox.lead_samples / 16_000
+    assert len(session.poll()) == 3 and session.queued_seconds == pytest.approx(left, abs=1e-9)
+    assert engine.stats()["latency_seconds"]["p50"] > 0
+
+
 def test_threads_push_into_their_own_sessions(model: Model) -> None:
     """Four writers and a stepping thread: every sample of every session is decided, in order."""
     engine = Engine(model, EngineConfig(max_sessions=4))
