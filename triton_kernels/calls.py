@@ -193,3 +193,16 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
     },
     "sample": {"a token": lambda: _sample(1), "float32": lambda: _sample(1, F32)},
 }
+
+QUICK = {  # the calls that one stream makes: one of each kernel
+    "layer_norm": ["a chunk"],
+    "rms_norm": ["a listening step"],
+    "linear": ["decoder gate_up, 13 rows", "decoder down, 13 rows", "encoder fc1, 20 rows", "int8 down"],
+    "rope_append": ["a listening step"],
+    "block_attention": ["a chunk"],
+    "paged_attention": ["a listening step", "a text token"],
+    "conv_stem": ["a chunk"],
+    "decide": ["one stream"],
+    "mel": ["one stream"],
+    "sample": ["a token"],
+}

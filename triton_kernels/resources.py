@@ -1,6 +1,6 @@
 """What the compiler makes of the kernels: registers, spills and shared memory, without a GPU.
 
-    python -m fastloop.triton_kernels.resources --arch 90 [--op linear]
+    python -m fastloop.triton_kernels.resources --arch 90 [--op linear] [--quick]
 
 Every call that a step of the 3B model makes (fastloop.triton_kernels.calls) is recorded on tensors without
 memory, compiled to a cubin, and read with the cuobjdump that comes with triton. One JSON object a line:
@@ -119,17 +119,17 @@ def read_cubin(cubin: bytes) -> tuple[int, int, int]:
     return found["REG"], found["STACK"] + found["LOCAL"], found["SHARED"]
 
 
-def resources(arch: int, ops: list[str] | None = None) -> Iterator[Resources]:
-    """Every kernel of every call of the 3B model, once, for one architecture."""
-    from .calls import CALLS
+def resources(arch: int, ops: list[str] | None = None, quick: bool = False) -> Iterator[Resources]:
+    """Every kernel of every call of the 3B model, once, for one architecture; quick: of one stream's step."""
+    from .calls import CALLS, QUICK
 
     seen: set[str] = set()
     for op, calls in CALLS.items():
         if ops and op not in ops:
             continue
-        for name, call in calls.items():
+        for name in QUICK[op] if quick else calls:
             with record_launches() as launches:
-                call()
+                calls[name]()
             for launch in launches:
                 if arch < FP8_ARCH and torch.float8_e4m3fn in _dtypes(launch):
                     continue
@@ -148,10 +148,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--arch", type=int, action="append", choices=sorted(SHARED_LIMIT), required=True)
     parser.add_argument("--op", action="append", help="this op only; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="only the calls of one stream's step")
     chosen = parser.parse_args()
     failed = False
     for arch in chosen.arch:
-        for found in resources(arch, chosen.op):
+        for found in resources(arch, chosen.op, chosen.quick):
             print(json.dumps(asdict(found) | {"problem": found.problem}), flush=True)
             failed |= bool(found.problem)
     return int(failed)

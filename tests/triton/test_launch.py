@@ -1,0 +1,79 @@
+"""How kernels are found and started: lazily, on one device, with a reason where they cannot run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastloop.ops import REGISTRY
+from fastloop.ops.dispatch import BackendError
+from fastloop.ops.triton import MISSING, kernel, register_triton
+from fastloop.triton_kernels.launch import record_launches
+from fastloop.triton_kernels.rms_norm import rms_norm_triton
+
+
+def run(script: str, **environment: str) -> str:
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, capture_output=True, text=True, env=inherited | environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_op_has_the_backend_and_none_by_default() -> None:
+    for op in REGISTRY.values():
+        assert "triton" in op.implementations and "triton" not in op.default.values()
+        assert callable(kernel(op.name))
+
+
+def test_importing_fastloop_does_not_import_triton() -> None:
+    script = "import sys, fastloop, fastloop.ops, fastloop.engine; print('triton' in sys.modules)"
+    assert run(script).strip() == "False"
+
+
+def test_cpu_tensors_are_refused_without_the_interpreter() -> None:
+    script = """if True:
+        import torch
+        from fastloop.ops.dispatch import BackendError
+        from fastloop.ops.triton import kernel
+        try:
+            kernel("rms_norm")(torch.ones(1, 4), torch.ones(4), 1e-6)
+        except BackendError as error:
+            print(error)
+    """
+    assert "backend 'triton' runs on CUDA tensors, got cpu" in run(script)
+
+
+def test_without_triton_the_reason_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    op = REGISTRY["linear"]
+    monkeypatch.setattr(op, "unavailable", {})
+    register_triton([op])
+    assert op.unavailable == {"triton": MISSING}
+
+
+def test_a_kernel_that_does_not_import_says_so() -> None:
+    with pytest.raises(BackendError, match="op nonsense: backend 'triton' does not load"):
+        kernel("nonsense")
+
+
+def test_what_no_kernel_reads_is_refused(device: str) -> None:
+    x, weight = torch.ones(2, 4, device=device), torch.ones(4, device=device)
+    with pytest.raises(TypeError, match=r"takes x in .* got torch\.float64"):
+        rms_norm_triton(x.double(), weight.double(), 1e-6)
+    with pytest.raises(ValueError, match="weight is on meta"):
+        rms_norm_triton(x, weight.to("meta"), 1e-6)
+
+
+def test_recording_runs_nothing(device: str) -> None:
+    x, weight = torch.ones(2, 4, device=device), torch.ones(4, device=device)
+    residual = torch.zeros(2, 4, device=device)
+    with record_launches() as launches:
+        rms_norm_triton(x, weight, 1e-6, residual)
+    (launch,) = launches
+    assert launch.grid == (2,) and launch.arguments["x"] is x and launch.constants["HAS_RESIDUAL"]
+    assert not residual.any()
