@@ -35,6 +35,7 @@ OPS_SHARED = {"__init__", "contract", "dispatch", "native", "triton"}
 TESTS_SHARED = {"conftest", "test_contract", "test_dispatch"}
 TRITON_SHARED = {"__init__", "calls", "device", "launch", "resources", "tuning"}
 STAGES = {"encoder", "decoder"}  # whole stages of the path in one call, as in fastloop/encoder.py
+CPU_SHARED = STAGES | {"ceiling"}  # what the machine can do at most, for the benchmarks
 
 LINES = 500
 PROSE_AND_CODE = {".py", ".cpp", ".h", ".cu", ".cuh", ".md", ".toml", ".sh", ".js", ".html", ".css", ".proto"}
@@ -84,10 +85,11 @@ def test_an_op_has_its_test_its_benchmark_and_its_cases(op: str) -> None:
     [
         ("fastloop/ops", (".py",), "", OPS_SHARED),
         ("tests/ops", (".py",), "test_", TESTS_SHARED),
+        ("tests/triton", (".py",), "test_", {"conftest"} | {f"test_{name}" for name in TRITON_SHARED}),
         ("bench/ops", (".py",), "bench_", {"conftest"}),
         ("triton_kernels", (".py",), "", TRITON_SHARED),
-        ("csrc/cpu", (".cpp",), "", STAGES),
-        ("csrc/cpu/isa", (".cpp",), "", STAGES),
+        ("csrc/cpu", (".cpp",), "", CPU_SHARED),
+        ("csrc/cpu/isa", (".cpp",), "", CPU_SHARED),
         ("csrc/cuda", (".cu",), "", STAGES),
     ],
 )
