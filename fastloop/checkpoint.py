@@ -1,7 +1,8 @@
 """Checkpoints: directories with `model.safetensors`, `config.json` and `tokenizer.json`.
 
     config.json    {"format": "fastloop-1", "model": {the fields of ModelConfig}}
-    weights        names and shapes of `encoder_shapes` and `decoder_shapes`, one dtype
+    weights        names and shapes of `encoder_shapes` and `decoder_shapes`, one dtype; the matrices of the
+                   layers may be int8 or int4 (fastloop.stored)
 
 Nothing else is loaded. Loading checks everything before it takes memory, names all that is wrong at
 once, never unpickles, and maps the weights: a second process that loads the same checkpoint shares its
@@ -13,21 +14,32 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
+from . import stored
 from .config import ConfigError, ModelConfig, from_mapping
 from .decoder import Decoder, decoder_shapes
 from .encoder import Encoder, encoder_shapes
 from .files import CheckpointError, new_directory, parse_json, quote, read_bounded, write_text
-from .tensorfile import Shape, map_tensors, read_header, read_tensor, require_finite, write_tensors
+from .quantise import Quantised
+from .tensorfile import (
+    Entry,
+    Kind,
+    Shape,
+    kinds_bytes,
+    map_tensors,
+    read_header,
+    read_tensor,
+    require_finite,
+    write_tensors,
+)
 from .text import Tokenizer
 
 __all__ = ["CheckpointError", "Model", "known_models", "load", "resolve", "save"]
@@ -50,6 +62,7 @@ class Model:
     config: ModelConfig
     weights: Mapping[str, Tensor]
     tokenizer: Tokenizer
+    quantised: Mapping[str, Quantised] = field(default_factory=dict)  # matrices kept as int8 or int4
 
     @functools.cached_property
     def encoder(self) -> Encoder:
@@ -69,7 +82,14 @@ class Model:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.weights.values())
+        parts = [part for matrix in self.quantised.values() for part in stored.parts(matrix)]
+        return sum(tensor.nbytes for tensor in (*self.weights.values(), *parts))
+
+    @property
+    def precision(self) -> str | None:
+        """What most bytes of the decoder's layers are kept as: "int8", "int4", or None: floats."""
+        found = {m.precision for name, m in self.quantised.items() if name.startswith("decoder.")}
+        return "int4" if "int4" in found else "int8" if found else None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -78,8 +98,10 @@ class Model:
         The same on every device; another for another dtype, as that changes what the model answers.
         """
         digest = hashlib.sha256(self.config.to_json().encode())
-        for name in sorted(self.weights):
-            tensor = self.weights[name].detach()
+        tensors = {name: tensor.detach() for name, tensor in self.weights.items()}
+        for name, matrix in self.quantised.items():
+            tensors |= {f"{name}.{matrix.precision}": matrix.values, f"{name}.scale": matrix.scale}
+        for name, tensor in sorted(tensors.items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             flat = tensor.reshape(-1)
             sample = flat[:: max(1, flat.numel() // SAMPLE)].cpu().contiguous()
@@ -157,6 +179,21 @@ def refuse(what: str, problems: list[str]) -> None:
         raise CheckpointError("\n  ".join([f"{what} cannot be used:", *problems]))
 
 
+def quantised_problems(
+    kinds: Mapping[str, Kind], found: Mapping[str, tuple[torch.dtype, Shape]]
+) -> list[str]:
+    """All that is wrong with the tensors of quantised matrices, a line each kind."""
+    wrong = [
+        f"{name} is {found[name][0]} {list(found[name][1])}, must be {dtype} {list(shape)}"
+        for name, (dtype, shape) in kinds.items()
+        if name in found and (found[name][0], tuple(found[name][1])) != (dtype, tuple(shape))
+    ]
+    return [
+        *listed("missing", [name for name in kinds if name not in found]),
+        *listed("wrong kind", wrong),
+    ]
+
+
 def tokenizer_problems(config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
     """A tokenizer may not speak ids that the model does not have."""
     if tokenizer.vocab_size <= config.decoder.vocab:
@@ -165,6 +202,14 @@ def tokenizer_problems(config: ModelConfig, tokenizer: Tokenizer) -> list[str]:
         f"{TOKENIZER}: its largest id is {tokenizer.vocab_size - 1}, the model's vocabulary is "
         f"{config.decoder.vocab}: it belongs to another model"
     ]
+
+
+def is_ours(directory: Path) -> bool:
+    """Whether a directory's `config.json` says that it is of our format."""
+    path = directory / CONFIG
+    return (
+        path.is_file() and parse_json(read_bounded(path, MAX_CONFIG_BYTES), str(path)).get("format") == FORMAT
+    )
 
 
 def _read_config(directory: Path) -> ModelConfig:
@@ -202,7 +247,8 @@ def load(
     """Load a checkpoint: a packaged model by name, or a directory.
 
     The weights are views of the mapped file; with another dtype or device they are read piece by piece
-    into their place. The file must not be changed in place while it is mapped (`save` and `fastloop
+    into their place. Quantised matrices are for the native runner; asked for a dtype, or on another device,
+    they are dequantised. The file must not be changed in place while it is mapped (`save` and `fastloop
     convert` never do that). CheckpointError names everything that is wrong.
     """
     directory = resolve(path_or_name)
@@ -218,16 +264,54 @@ def load(
     tokenizer = parse_tokenizer(read_tokenizer(directory / TOKENIZER), str(directory / TOKENIZER))
     with _open(directory / WEIGHTS) as file:
         entries = read_header(file, str(directory / WEIGHTS))
-        found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-        refuse(str(directory), weight_problems(shapes, found) + tokenizer_problems(config, tokenizer))
-        entries = {name: entries[name] for name in shapes}
-        stored = entries["decoder.embed.weight"].dtype
-        if torch.device(device).type == "cpu" and wanted in (None, stored):
-            return Model(config, map_tensors(file, entries), tokenizer)
-        weights = {name: read_tensor(file, e, wanted or stored, device) for name, e in entries.items()}
-    for name, tensor in weights.items() if wanted not in (None, stored) else ():
+        precisions = stored.precisions_in(shapes, entries)
+        _refuse_tensors(directory, config, tokenizer, entries, shapes, precisions)
+        kept = entries["decoder.embed.weight"].dtype
+        if torch.device(device).type == "cpu" and wanted is None:
+            tensors = map_tensors(file, entries)
+            matrices = {name: stored.joined(name, p, tensors) for name, p in precisions.items()}
+            floats = {name: tensors[name] for name in shapes if name not in precisions}
+            return Model(config, floats, tokenizer, matrices)
+        if torch.device(device).type == "cpu" and wanted == kept and not precisions:
+            return Model(config, map_tensors(file, {name: entries[name] for name in shapes}), tokenizer)
+        target = wanted or kept
+        weights = {name: _read(file, name, entries, precisions.get(name), target, device) for name in shapes}
+    for name, tensor in weights.items() if wanted not in (None, kept) else ():
         require_finite(tensor, name)
     return Model(config, weights, tokenizer)
+
+
+def _refuse_tensors(
+    directory: Path,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    entries: Mapping[str, Entry],
+    shapes: Mapping[str, Shape],
+    precisions: Mapping[str, str],
+) -> None:
+    """CheckpointError that names everything wrong with the tensors of a file, and with its tokenizer."""
+    found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    kinds = stored.kinds_of({n: shapes[n] for n in precisions}, precisions, torch.float32)
+    floats = {name: shape for name, shape in shapes.items() if name not in precisions}
+    rest = {name: kind for name, kind in found.items() if name not in kinds}
+    problems = weight_problems(floats, rest) + quantised_problems(kinds, found)
+    refuse(str(directory), problems + tokenizer_problems(config, tokenizer))
+
+
+def _read(
+    file: BinaryIO,
+    name: str,
+    entries: Mapping[str, Entry],
+    precision: str | None,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> Tensor:
+    """One weight in a dtype on a device; a quantised matrix dequantised."""
+    if precision is None:
+        return read_tensor(file, entries[name], dtype, device)
+    names = (f"{name}.{precision}", f"{name}.scale")
+    pair = {part: read_tensor(file, entries[part], entries[part].dtype) for part in names}
+    return stored.joined(name, precision, pair).dequantised().to(device=device, dtype=dtype)
 
 
 def _open(path: Path) -> BinaryIO:
@@ -249,23 +333,22 @@ def save(
     found = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in weights.items()}
     tokenizer = parse_tokenizer(tokenizer_json, "tokenizer_json")
     refuse("this model", weight_problems(shapes, found) + tokenizer_problems(config, tokenizer))
-    dtype = found["decoder.embed.weight"][0]
-    return write_checkpoint(directory, config, dtype, (weights[name] for name in shapes), tokenizer_json)
+    kinds = stored.kinds_of(shapes, {}, found["decoder.embed.weight"][0])
+    return write_checkpoint(directory, config, kinds, (weights[name] for name in shapes), tokenizer_json)
 
 
 def write_checkpoint(
     directory: str | Path,
     config: ModelConfig,
-    dtype: torch.dtype,
+    kinds: Mapping[str, Kind],
     tensors: Iterable[Tensor],
     tokenizer_json: str,
 ) -> Path:
-    """Write tensors, in the order of `weight_shapes`, as they come; the directory appears when all are."""
-    shapes = weight_shapes(config)
+    """Write tensors, in the order of `kinds`, as they come; the directory appears when all are there."""
     described = {"format": FORMAT, "model": json.loads(config.to_json())}
-    size = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize + len(tokenizer_json.encode())
+    size = kinds_bytes(kinds.values()) + len(tokenizer_json.encode())
     with new_directory(Path(directory), size) as partial:
-        write_tensors(partial / WEIGHTS, dtype, shapes, tensors)
+        write_tensors(partial / WEIGHTS, kinds, tensors)
         write_text(partial / TOKENIZER, tokenizer_json)
         write_text(partial / CONFIG, json.dumps(described, indent=2, sort_keys=True) + "\n")
     return Path(directory)

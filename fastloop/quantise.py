@@ -32,6 +32,10 @@ class Quantised:
     def shape(self) -> tuple[int, int]:
         return self.values.shape[0], self.values.shape[1] * (2 if self.group else 1)
 
+    @property
+    def precision(self) -> str:
+        return "int4" if self.group else "int8"
+
     def dequantised(self) -> Tensor:
         """float32 [O, D]."""
         if self.group:

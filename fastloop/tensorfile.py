@@ -154,21 +154,27 @@ def require_finite(tensor: Tensor, name: str) -> None:
         )
 
 
-def write_tensors(
-    path: Path, dtype: torch.dtype, shapes: Mapping[str, Shape], tensors: Iterable[Tensor]
-) -> None:
-    """Write tensors one after another, in the order of `shapes`; only one is in memory at a time."""
+Kind = tuple[torch.dtype, Shape]
+
+
+def kinds_bytes(kinds: Iterable[Kind]) -> int:
+    """Bytes of tensors of these dtypes and shapes."""
+    return sum(math.prod(shape) * dtype.itemsize for dtype, shape in kinds)
+
+
+def write_tensors(path: Path, kinds: Mapping[str, Kind], tensors: Iterable[Tensor]) -> None:
+    """Write tensors one after another, in the order of `kinds`; only one is in memory at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     at = 0
-    for name, shape in shapes.items():
-        end = at + math.prod(shape) * dtype.itemsize
+    for name, (dtype, shape) in kinds.items():
+        end = at + kinds_bytes([(dtype, shape)])
         header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [at, end]}
         at = end
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-(8 + len(encoded)) % ALIGNMENT)
     with path.open("xb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for (name, shape), tensor in zip(shapes.items(), tensors, strict=True):
+        for (name, (dtype, shape)), tensor in zip(kinds.items(), tensors, strict=True):
             if tuple(tensor.shape) != tuple(shape) or tensor.dtype != dtype:
                 raise ValueError(f"{name}: {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} {shape}")
             file.write(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

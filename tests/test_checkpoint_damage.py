@@ -188,7 +188,7 @@ def test_models_that_are_unknown(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_no_numbers_fail_their_session_and_say_so(saved: Path) -> None:
-    """A mapped file is not read through when it is loaded; what is wrong with it comes out at the decision."""
+    """A mapped file is not read through when it is loaded: what is wrong comes out at the decision."""
     edit_weights(saved, lambda weights: weights["decoder.norm.weight"].fill_(float("nan")))
     engine = Engine(load(saved), EngineConfig(max_sessions=1))
     session = engine.open()

@@ -62,7 +62,7 @@ def test_what_we_write_the_formats_own_library_reads(tmp_path: Path) -> None:
     path, generator = tmp_path / "x.safetensors", torch.Generator().manual_seed(0)
     held = {"first": torch.randn(PIECE_VALUES + 3, generator=generator), "second": torch.zeros(2, 0)}
     held["turned"] = torch.randn(4, 3, generator=generator).T
-    write_tensors(path, torch.float32, {n: tuple(t.shape) for n, t in held.items()}, held.values())
+    write_tensors(path, {n: (torch.float32, tuple(t.shape)) for n, t in held.items()}, held.values())
     other = safetensors.torch.load_file(path)
     with path.open("rb") as file:
         entries = read_header(file, str(path))
@@ -87,7 +87,7 @@ def test_only_what_was_announced_is_written(
     tmp_path: Path, shapes: dict[str, tuple[int, ...]], tensors: list[torch.Tensor]
 ) -> None:
     with pytest.raises(ValueError):
-        write_tensors(tmp_path / "x", torch.float32, shapes, tensors)
+        write_tensors(tmp_path / "x", {n: (torch.float32, s) for n, s in shapes.items()}, tensors)
 
 
 HUGE = 1 << 62
@@ -136,14 +136,16 @@ def test_a_header_that_lies_is_refused(tmp_path: Path, case: str) -> None:
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 2**31, 2**63 - 1, 2**64 - 1])
 def test_a_length_that_lies(tmp_path: Path, length: int) -> None:
     path = write(tmp_path / "x", b'{"a":1}' if length else b"", length=length)
-    with pytest.raises(CheckpointError, match="truncated, or not a safetensors file|not valid JSON|nothing else"):
+    with pytest.raises(
+        CheckpointError, match=r"truncated, or not a safetensors file|not valid JSON|nothing else"
+    ):
         header_of(path)
 
 
 @pytest.mark.parametrize("size", [0, 3, 8])
 def test_a_file_shorter_than_its_first_number(tmp_path: Path, size: int) -> None:
     (tmp_path / "x").write_bytes(b"\x01" * size)
-    with pytest.raises(CheckpointError, match="truncated"):
+    with pytest.raises(CheckpointError, match=r"truncated"):
         header_of(tmp_path / "x")
 
 
@@ -166,13 +168,13 @@ def test_a_tensor_that_begins_inside_a_value_is_not_mapped(tmp_path: Path) -> No
     with path.open("rb") as file:
         entries = read_header(file, "x")
         assert entries["a"].start % 4 == 1
-        with pytest.raises(CheckpointError, match="'a': starts at byte .*, not on a whole value"):
+        with pytest.raises(CheckpointError, match=r"'a': starts at byte .*, not on a whole value"):
             map_tensors(file, entries)
 
 
 def test_a_file_that_shrinks_while_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x"
-    write_tensors(path, torch.float32, {"a": (10_000,)}, [torch.ones(10_000)])
+    write_tensors(path, {"a": (torch.float32, (10_000,))}, [torch.ones(10_000)])
     with path.open("rb") as file:
         entry = read_header(file, "x")["a"]
         path.write_bytes(path.read_bytes()[:-4])

@@ -18,7 +18,7 @@ Source = Annotated[
 Destination = Annotated[Path, typer.Argument(help="Directory to make; it must not exist yet.")]
 _TRUST = "Read the published layout's .pth. Reading a pickle can run code: only for files you trust."
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help=_TRUST)]
-_DTYPE = "float32, bfloat16 or float16; without it, that of the decoder's embedding."
+_DTYPE = "float32, bfloat16, float16, int8 or int4; without it, the dtype of the decoder's embedding."
 Dtype = Annotated[str | None, typer.Option(metavar="NAME", help=_DTYPE)]
 
 
@@ -72,7 +72,27 @@ def describe(report: Report) -> str:
         f"  decoder  {decoder.layers} layers, width {decoder.width}, vocabulary {decoder.vocab}",
         f"  weights  {report.tensors} tensors, {report.weight_bytes / 1e9:.2f} GB in {dtype}",
     ]
+    lines += _quantised(report)
     lines += [f"  cast     {n} tensors from {of.removeprefix('torch.')}" for of, n in report.cast.items()]
     if report.unused:
         lines.append(f"  unused   {len(report.unused)} tensors, such as {one_line(report.unused[0])}")
     return "\n".join(lines)
+
+
+def _quantised(report: Report) -> list[str]:
+    """The relative errors of quantised matrices: of all, then a line a layer."""
+    if report.precision is None:
+        return []
+    layers: dict[str, dict[str, float]] = {}
+    for name, error in report.errors.items():
+        part, _, number, matrix, _ = name.split(".")
+        layers.setdefault(f"{part} {number}", {})[matrix] = error
+    mean = sum(report.errors.values()) / len(report.errors)
+    worst = max(report.errors, key=lambda name: report.errors[name])
+    told = f"{mean:.2%} on average, {report.errors[worst]:.2%} at most ({worst})"
+    lines = [f"  {report.precision:<8} {len(report.errors)} matrices; relative error {told}"]
+    for layer, errors in layers.items():
+        lines.append(
+            f"    {layer:<12}" + "  ".join(f"{matrix} {error:.2%}" for matrix, error in errors.items())
+        )
+    return lines

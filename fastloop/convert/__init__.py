@@ -7,19 +7,20 @@ protocol's token ids and system prompt; a base Qwen2.5-Omni has the vocabulary f
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .. import checkpoint
+from .. import checkpoint, stored
 from ..checkpoint import WEIGHT_DTYPES, listed, parse_tokenizer, read_tokenizer, refuse, weight_shapes
 from ..config import PUBLISHED_SYSTEM_PROMPT, PUBLISHED_TOKENS, ConfigError, ModelConfig
 from ..files import CheckpointError, quote
-from ..tensorfile import require_finite
+from ..quantise import QUANTISERS
+from ..tensorfile import kinds_bytes, require_finite
+from ..testing.tolerance import relative_error
 from . import published, thinker
 from .recipes import Recipe, Recipes, encoder_recipes, published_recipes, thinker_recipes
 from .sources import Lazy, pickled_file, safetensors_directory
@@ -34,7 +35,7 @@ READABLE = (*WEIGHT_DTYPES.values(), torch.float64)
 class Report:
     """What `convert` did."""
 
-    source_format: str  # "published" or "hugging-face"
+    source_format: str  # "published", "hugging-face" or "fastloop"
     destination: Path
     config: ModelConfig
     dtype: torch.dtype
@@ -42,6 +43,8 @@ class Report:
     weight_bytes: int
     cast: dict[str, int]  # source tensors that had another dtype: dtype -> how many
     unused: tuple[str, ...]  # source tensors left out on purpose
+    precision: str | None = None  # "int8" or "int4": the matrices of the layers are kept so
+    errors: dict[str, float] = field(default_factory=dict)  # ||kept - read|| / ||read|| of those matrices
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,8 @@ def convert(
 
     Args:
         trust_pickle: the published layout keeps its encoder in a pickle; read it only if this is True.
-        dtype: float32, bfloat16 or float16; None keeps the dtype of the decoder's embedding.
+        dtype: float32, bfloat16 or float16; None keeps the dtype of the decoder's embedding. int8 or int4
+            quantises the matrices of the layers (fastloop.stored); the rest is then bfloat16.
         progress: called after every tensor with (bytes written, bytes in all).
 
     CheckpointError names everything that is missing, left over, mis-shaped or unsupported; the
@@ -76,22 +80,42 @@ def convert(
     """
     source, destination = Path(source), Path(destination).absolute()
     foreign = _open(source, destination.name, trust_pickle)
+    if dtype is None and foreign.source_format == "fastloop":
+        raise CheckpointError(
+            f"{source}: a fastloop checkpoint already; it loads as it is. Give a dtype to cast or quantise it"
+        )
     refuse(str(source), _problems(foreign))
-    if dtype is None:
+    precision = dtype if isinstance(dtype, str) and dtype in QUANTISERS else None
+    if precision:
+        dtype = torch.bfloat16
+    elif dtype is None:
         (embedding,) = foreign.recipes["decoder.embed.weight"].parts
         dtype = foreign.tensors[embedding].dtype
     target = checkpoint.as_dtype(dtype)
     shapes = weight_shapes(foreign.config)
-    total = sum(math.prod(shape) for shape in shapes.values()) * target.itemsize
-    written = _built(foreign, target, total, progress)
-    checkpoint.write_checkpoint(destination, foreign.config, target, written, foreign.tokenizer_json)
+    wanted = {name: stored.precision_of(name, shape, precision) for name, shape in shapes.items()}
+    precisions = {name: kept for name, kept in wanted.items() if kept is not None}
+    kinds = stored.kinds_of(shapes, precisions, target)
+    total = kinds_bytes(kinds.values())
+    errors: dict[str, float] = {}
+    written = _built(foreign, target, precisions, total, errors, progress)
+    checkpoint.write_checkpoint(destination, foreign.config, kinds, written, foreign.tokenizer_json)
     cast: dict[str, int] = {}
     for recipe in foreign.recipes.values():
         for part in recipe.parts:
             if (have := foreign.tensors[part].dtype) != target:
                 cast[str(have)] = cast.get(str(have), 0) + 1
     return Report(
-        foreign.source_format, destination, foreign.config, target, len(shapes), total, cast, foreign.unused
+        foreign.source_format,
+        destination,
+        foreign.config,
+        target,
+        len(kinds),
+        total,
+        cast,
+        foreign.unused,
+        precision,
+        errors,
     )
 
 
@@ -102,6 +126,8 @@ def _open(source: Path, name: str, trust_pickle: bool) -> Foreign:
     try:
         if (source / published.CONFIG).is_file():
             return _open_published(source, name, trust_pickle)
+        if checkpoint.is_ours(source):
+            return _open_ours(source)
         if (source / thinker.CONFIG).is_file():
             return _open_thinker(source, name)
     except ConfigError as error:  # sizes that do not fit together, or an id outside the vocabulary
@@ -110,6 +136,22 @@ def _open(source: Path, name: str, trust_pickle: bool) -> Foreign:
         f"{source}: neither {published.CONFIG} (the published layout) nor {thinker.CONFIG} "
         "(a Hugging Face Qwen2.5-Omni directory)"
     )
+
+
+def _open_ours(source: Path) -> Foreign:
+    """One of our own, to be cast or quantised; it keeps its name."""
+    model = checkpoint.load(source)
+    if model.quantised:
+        raise CheckpointError(f"{source}: is {model.precision} already; convert what it was made from")
+    tensors = {
+        key: Lazy(tensor.dtype, tuple(tensor.shape), tensor.to) for key, tensor in model.weights.items()
+    }
+    recipes = {key: Recipe({key: tensor.shape}, _itself) for key, tensor in tensors.items()}
+    return Foreign("fastloop", model.config, tensors, recipes, (), model.tokenizer.to_json())
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _open_published(source: Path, name: str, trust_pickle: bool) -> Foreign:
@@ -174,15 +216,34 @@ def _problems(foreign: Foreign) -> list[str]:
     ]
 
 
-def _built(foreign: Foreign, dtype: torch.dtype, total: int, progress: Progress | None) -> Iterator[Tensor]:
-    """Our tensors in the order of `weight_shapes`, each read, cast and joined when it is asked for."""
+def _built(
+    foreign: Foreign,
+    dtype: torch.dtype,
+    precisions: dict[str, str],
+    total: int,
+    errors: dict[str, float],
+    progress: Progress | None,
+) -> Iterator[Tensor]:
+    """What is stored, in its order; each weight is read, cast, joined, quantised when it is asked for."""
     done = 0
     for name in weight_shapes(foreign.config):
-        tensor = _build(name, foreign.recipes[name], foreign.tensors, dtype)
-        yield tensor
-        done += tensor.nbytes
+        for tensor in _parts(name, foreign, dtype, precisions.get(name), errors):
+            yield tensor
+            done += tensor.nbytes
         if progress is not None:
             progress(done, total)
+
+
+def _parts(
+    name: str, foreign: Foreign, dtype: torch.dtype, precision: str | None, errors: dict[str, float]
+) -> tuple[Tensor, ...]:
+    """The tensors of one weight: itself, or the two of a quantised matrix, whose error is noted."""
+    if precision is None:
+        return (_build(name, foreign.recipes[name], foreign.tensors, dtype),)
+    exact = _build(name, foreign.recipes[name], foreign.tensors, torch.float32)
+    matrix = QUANTISERS[precision](exact)
+    errors[name] = relative_error(matrix.dequantised(), exact)
+    return stored.parts(matrix)
 
 
 def _build(name: str, recipe: Recipe, tensors: dict[str, Lazy], dtype: torch.dtype) -> Tensor:

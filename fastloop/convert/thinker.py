@@ -6,7 +6,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import FORMAT
 from ..config import MEL_BINS, DecoderConfig, EncoderConfig
 from ..files import CheckpointError, parse_json, quote, read_bounded
 from .fields import Fields
@@ -51,8 +50,6 @@ def read_config(path: Path) -> tuple[Any, Any, bool]:
     disagree on what it means to leave this out, and on which of two places counts.)
     """
     values = parse_json(read_bounded(path, MAX_CONFIG_BYTES), str(path))
-    if values.get("format") == FORMAT:
-        raise CheckpointError(f"{path}: a fastloop checkpoint already; it loads as it is")
     thinker = values.get("thinker_config", values)
     if not isinstance(thinker, dict) or "audio_config" not in thinker:
         raise CheckpointError(f"{path}: no audio_config, so not a Qwen2.5-Omni model or thinker")

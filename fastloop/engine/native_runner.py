@@ -10,7 +10,7 @@ weights, pages and dot products is float32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from .. import ops
 from ..checkpoint import Model
-from ..config import MEL_BINS
+from ..config import MEL_BINS, ConfigError
 from ..decision import DecisionState
 from ..mel import MelState
 from ..ops.native import require_native
-from ..quantise import QUANTISERS, Quantised
+from ..quantise import GROUPS, QUANTISERS, Quantised
 from .kv_cache import KVCache
 from .runner import EagerRunner, StepBatch, StepResult
 
@@ -31,11 +31,19 @@ PRECISIONS = ("float32", "bfloat16", "int8", "int4")  # in the order of fastloop
 PAGE_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 
 
-def native_precision(precision: str, dtype: torch.dtype) -> str:
-    """What EngineConfig.precision means for weights of a dtype: "auto" keeps bfloat16, else float32."""
+def native_precision(precision: str, model: Model) -> str:
+    """What EngineConfig.precision means for a model: "auto" keeps int8, int4 and bfloat16, else float32.
+
+    ConfigError where the checkpoint is quantised and something else is asked for.
+    """
+    if model.precision is not None and precision not in ("auto", model.precision):
+        raise ConfigError(
+            f"EngineConfig.precision: the checkpoint is {model.precision}, {precision!r} is asked for; leave "
+            "it at 'auto', or convert what the checkpoint was made from"
+        )
     if precision != "auto":
         return precision
-    return "bfloat16" if dtype == torch.bfloat16 else "float32"
+    return model.precision or ("bfloat16" if model.dtype == torch.bfloat16 else "float32")
 
 
 class PackedModel:
@@ -45,7 +53,7 @@ class PackedModel:
         self.precision = precision
         self._native = require_native()
         self._kept: list[Any] = []
-        self._weights = model.weights
+        self._weights: Mapping[str, Tensor | Quantised] = {**model.weights, **model.quantised}
         self.encoder = self._encoder(model, isa)
         self.decoder = self._decoder(model, isa)
 
@@ -56,15 +64,17 @@ class PackedModel:
 
     def pack(self, weight: Tensor | Quantised, precision: str, gated: bool = False) -> Any:
         """weight [O, D] -> its packed form. Rows [gate; up] where gated."""
+        outputs, inputs = weight.shape
         if isinstance(weight, Tensor) and precision in QUANTISERS:
-            weight = QUANTISERS[precision](weight)
+            fits = precision != "int4" or inputs % GROUPS[0] == 0
+            weight = QUANTISERS[precision if fits else "int8"](weight)
         if isinstance(weight, Quantised):
+            precision = weight.precision  # of an int4 model some matrices are int8
             source, scale, group = weight.values.contiguous(), weight.scale.contiguous(), weight.group
             kind = PRECISIONS.index(precision)
         else:
             source = (weight if weight.dtype in PAGE_FORMATS else weight.float()).contiguous()
             scale, group, kind = None, 0, PAGE_FORMATS[source.dtype]
-        outputs, inputs = weight.shape
         packed = self._native.Weight(
             format=PRECISIONS.index(precision),
             source=kind,
@@ -84,7 +94,7 @@ class PackedModel:
         self._kept.append(kept)
         return kept.data_ptr()
 
-    def _layers(self, prefix: str, count: int, pack: Callable[[str, Tensor], Any]) -> list[dict[str, Any]]:
+    def _layers(self, prefix: str, count: int, pack: Callable[[str, Any], Any]) -> list[dict[str, Any]]:
         names = [name for name in self._weights if name.startswith(f"{prefix}.layers.0.")]
         short = [name.split(".", 3)[3] for name in names]
         return [
@@ -152,7 +162,7 @@ class NativeRunner(EagerRunner):
         threads: int | None = None,
     ) -> None:
         super().__init__(model, cache, decisions, mel)
-        self.packed = PackedModel(model, native_precision(precision, model.dtype))
+        self.packed = PackedModel(model, native_precision(precision, model))
         self.team = require_native().Team(threads or torch.get_num_threads())
         self._norm = model.weights["decoder.norm.weight"].float()
         self._control = model.decoder.control_head.float()

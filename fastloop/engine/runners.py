@@ -21,8 +21,13 @@ def is_native(config: EngineConfig, model: Model) -> bool:
 
     FASTLOOP_BACKEND forces implementations of single ops, so with it "auto" means the eager runner.
     """
-    wanted = config.runner == "native" or config.precision != "auto"
+    wanted = config.runner == "native" or config.precision != "auto" or bool(model.quantised)
     possible = native is not None and model.device.type == "cpu"
+    if config.runner == "eager" and model.quantised:
+        raise ConfigError(
+            f"EngineConfig.runner: the eager runner cannot serve {model.precision} weights; leave it at "
+            "'auto', or load the checkpoint with a dtype, which dequantises it"
+        )
     if wanted and not possible:
         why = reason if native is None else f"the model is on {model.device}"
         raise ConfigError(f"EngineConfig.runner: the native runner cannot serve this engine: {why}")
@@ -33,7 +38,7 @@ def kv_dtype(config: EngineConfig, model: Model) -> torch.dtype:
     """The model's dtype; natively bfloat16 pages wherever the weights are less than float32."""
     if not is_native(config, model):
         return model.dtype
-    if native_precision(config.precision, model.dtype) != "float32":
+    if native_precision(config.precision, model) != "float32":
         return torch.bfloat16
     return model.dtype if model.dtype in PAGE_FORMATS else torch.float32
 

@@ -66,7 +66,7 @@ def test_every_problem_is_a_line(published: Path, tmp_path: Path) -> None:
         (["{tmp}/none", "{tmp}/new"], "does not exist"),
         (["{tmp}", "{tmp}/new"], "neither model_config.yaml"),
         (["{tmp}/published", "{tmp}/published"], "exists already"),
-        (["{tmp}/published", "{tmp}/new", "--dtype", "int8"], "float32, bfloat16, float16"),
+        (["{tmp}/published", "{tmp}/new", "--dtype", "int3"], "float32, bfloat16, float16"),
         (["{tmp}/published"], "destination"),
         (["{tmp}/published", "{tmp}/new", "--force"], "--force"),
     ],

@@ -1,0 +1,72 @@
+"""How the matrices of a checkpoint are stored: as floats, or quantised as two tensors each.
+
+    N        float [O, D]
+    N.int8   int8 [O, D]        N.scale   float32 [O]
+    N.int4   uint8 [O, D / 2]   N.scale   bfloat16 [O, D / 32]
+
+Quantised are the matrices of the layers; embedding, head, stem and biases (the K bias above all) stay floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from .quantise import GROUPS, QUANTISERS, Quantised
+from .tensorfile import Kind, Shape
+
+GROUP = GROUPS[0]
+
+
+def precision_of(name: str, shape: Shape, wanted: str | None) -> str | None:
+    """What a tensor becomes in a checkpoint of precision `wanted`: "int8", "int4", or None: it stays a float.
+
+    Under int4 the encoder's matrices, whose rows are few, and those that groups of 32 do not fit are int8.
+    """
+    if wanted is None or len(shape) != 2 or ".layers." not in name:
+        return None
+    return "int8" if name.startswith("encoder.") or shape[1] % GROUP else wanted
+
+
+def precisions_in(shapes: Mapping[str, Shape], found: Iterable[str]) -> dict[str, str]:
+    """Name -> precision of the matrices that a file with these tensors keeps quantised."""
+    there = set(found)
+    return {
+        name: precision
+        for name, shape in shapes.items()
+        for precision in QUANTISERS
+        if precision_of(name, shape, precision) and f"{name}.{precision}" in there
+    }
+
+
+def kinds_of(
+    shapes: Mapping[str, Shape], precisions: Mapping[str, str], dtype: torch.dtype
+) -> dict[str, Kind]:
+    """Stored name -> (dtype, shape), in the order of `shapes`."""
+    kinds: dict[str, Kind] = {}
+    for name, shape in shapes.items():
+        precision = precisions.get(name)
+        if precision is None:
+            kinds[name] = (dtype, shape)
+            continue
+        outputs, inputs = shape
+        if precision == "int8":
+            kinds[f"{name}.int8"] = (torch.int8, shape)
+            kinds[f"{name}.scale"] = (torch.float32, (outputs,))
+        else:
+            kinds[f"{name}.int4"] = (torch.uint8, (outputs, inputs // 2))
+            kinds[f"{name}.scale"] = (torch.bfloat16, (outputs, inputs // GROUP))
+    return kinds
+
+
+def joined(name: str, precision: str, tensors: Mapping[str, Tensor]) -> Quantised:
+    """A matrix from its two tensors."""
+    group = GROUP if precision == "int4" else 0
+    return Quantised(tensors[f"{name}.{precision}"], tensors[f"{name}.scale"], group)
+
+
+def parts(matrix: Quantised) -> tuple[Tensor, Tensor]:
+    """The two tensors of a matrix, in the order in which they are stored."""
+    return matrix.values, matrix.scale
