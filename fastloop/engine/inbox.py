@@ -74,6 +74,14 @@ class Inbox:
                 self._append(np.zeros(missing, dtype=np.float32))
                 self.flushed = self.received
 
+    def due(self, count: int) -> float | None:
+        """The moment the first `count` samples waiting were complete (monotonic seconds), or None."""
+        with self.lock:
+            if self.waiting < count:
+                return None
+            end = self.received - self.waiting + count
+            return next(arrived for received, arrived in self._arrivals if received >= end)
+
     def take(self, count: int) -> tuple[np.ndarray, float] | None:
         """`count` samples and the moment the last of them arrived (monotonic seconds), or None."""
         with self.lock:

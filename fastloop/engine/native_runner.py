@@ -28,6 +28,8 @@ from .kv_cache import KVCache
 from .runner import EagerRunner, StepBatch, StepResult
 
 PRECISIONS = ("float32", "bfloat16", "int8", "int4")  # in the order of fastloop_format
+CACHED_BYTES = 24 << 20  # of weights: what a last-level cache keeps
+ROWS_BYTES = 512 << 10  # of rows: half of a second-level cache
 PAGE_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -44,6 +46,16 @@ def native_precision(precision: str, model: Model) -> str:
     if precision != "auto":
         return precision
     return model.precision or ("bfloat16" if model.dtype == torch.bfloat16 else "float32")
+
+
+def chunks_at_once(model: Model, weight_bytes: int) -> int:
+    """Chunks of one pass of the encoder. Large weights come from memory and are read once for all of them;
+    small ones stay in the cache, and there the rows should, too: a pass that overflows it costs half again.
+    """
+    if weight_bytes > CACHED_BYTES:
+        return 1 << 30
+    widest = 4 * max(model.config.encoder.ffn, 3 * model.config.encoder.width)
+    return max(1, ROWS_BYTES // (widest * model.config.chunk_frames // 2))
 
 
 class PackedModel:
@@ -164,15 +176,24 @@ class NativeRunner(EagerRunner):
         super().__init__(model, cache, decisions, mel)
         self.packed = PackedModel(model, native_precision(precision, model))
         self.team = require_native().Team(threads or torch.get_num_threads())
+        self._chunks = chunks_at_once(model, self.packed.nbytes)
         self._norm = model.weights["decoder.norm.weight"].float()
         self._control = model.decoder.control_head.float()
 
     @torch.inference_mode()
     def encode(self, frames: Tensor) -> Tensor:
         frames = frames.contiguous()
-        chunks, length, _ = frames.shape
-        tokens = torch.empty(chunks, length // 4, self.model.config.decoder.width)
-        self.packed.encoder.encode(self.team, chunks, length, frames.data_ptr(), tokens.data_ptr())
+        chunks, length, bins = frames.shape
+        width = self.model.config.decoder.width
+        tokens = torch.empty(chunks, length // 4, width)
+        for first in range(0, chunks, self._chunks):
+            self.packed.encoder.encode(
+                self.team,
+                min(self._chunks, chunks - first),
+                length,
+                frames.data_ptr() + first * length * bins * 4,
+                tokens.data_ptr() + first * length // 4 * width * 4,
+            )
         return tokens
 
     def _encode_offline(self, frames: Tensor) -> Tensor:

@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 
 def perceive(engine: Engine) -> int:
-    """Encode what is queued, at most `max_perceive_chunks` chunks; returns how many (clips count one)."""
+    """Encode what is queued, at most `max_perceive_chunks` chunks, the longest wait first; returns how many
+    (clips count one).
+    """
     frames: list[Tensor] = []
     owners: list[tuple[Stream, float]] = []
-    streams, limit = engine._streams(), engine.config.max_perceive_chunks
+    waiting = [(since, s.id, s) for s in engine._streams() if (since := s.chunk_since) is not None]
+    streams = [stream for _, _, stream in sorted(waiting, key=lambda entry: entry[:2])]
+    limit = engine.config.max_perceive_chunks
     while streams and len(owners) < limit:
         taken = _round(engine, streams[: limit - len(owners)])
         for edge in sorted({stream.config.edge for stream, _, _ in taken}):

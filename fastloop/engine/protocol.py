@@ -118,8 +118,7 @@ class Stream:
     @property
     def idle(self) -> bool:
         """No response is open, no whole chunk and no clip is left."""
-        lead = 0 if self.primed or self.config.edge != "wait" else LOOKAHEAD_SAMPLES
-        chunk = self.inbox.waiting >= self.model.config.chunk_samples + lead
+        chunk = self.inbox.waiting >= self.model.config.chunk_samples + self._lead_due
         clip = self.phase == CLIP and self.clip_complete
         return self.outbox.speaking is None and not (chunk or clip or self.backlog_seconds)
 
@@ -127,6 +126,18 @@ class Stream:
     def blocked(self) -> bool:
         """Back-pressure: too many events wait to be polled."""
         return len(self.outbox.events) >= self.config.max_events
+
+    @property
+    def chunk_since(self) -> float | None:
+        """Since when a whole chunk waits to be perceived (monotonic seconds), or None."""
+        if self.phase in (CLIP, DONE) or self.outbox.closed:
+            return None
+        return self.inbox.due(self.model.config.chunk_samples + self._lead_due)
+
+    @property
+    def _lead_due(self) -> int:
+        """edge="wait": the samples that still have to fill the lookahead."""
+        return 0 if self.primed or self.config.edge != "wait" else LOOKAHEAD_SAMPLES
 
     def take_chunk(self) -> tuple[np.ndarray, float] | None:
         """PCM [S] of the next chunk and when it was complete, or None."""
