@@ -53,7 +53,7 @@ def main() -> None:
         session.poll()
     offsets = np.random.default_rng(0).uniform(0, seconds, given.sessions)
     rounds = round(given.seconds / seconds)
-    due = sorted((offset + k * seconds, i) for i, offset in enumerate(offsets) for k in range(rounds))
+    due = sorted((float(offset) + k * seconds, i) for i, offset in enumerate(offsets) for k in range(rounds))
     arrived: list[list[float]] = [[] for _ in sessions]
     latencies: list[float] = []
     busy, at = 0.0, 0
@@ -74,7 +74,7 @@ def main() -> None:
             time.sleep(max(0.0, min(0.002, due[at][0] - (after - start))))
         for i in [i for i, waiting in enumerate(arrived) if waiting]:
             decided = sum(isinstance(event, Decision) for event in sessions[i].poll())
-            latencies += [after - start - when for when in arrived[i][:decided]]
+            latencies += [float(after - start - when) for when in arrived[i][:decided]]
             del arrived[i][:decided]
     wall = time.perf_counter() - start
     p50, p99, worst = (float(np.percentile(latencies, q)) * 1e3 for q in (50, 99, 100))
@@ -86,8 +86,8 @@ def main() -> None:
         "seconds": wall,
         "decisions": len(latencies),
         "latency_ms": {"p50": p50, "p99": p99, "max": worst},
-        "missed": sum(t > seconds for t in latencies),
-        "busy": busy / wall,
+        "missed": int(sum(t > seconds for t in latencies)),
+        "busy": float(busy / wall),
     }
     print(json.dumps(result, indent=1))
     if given.json:
