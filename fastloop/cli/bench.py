@@ -18,6 +18,7 @@ Precision = Annotated[str, typer.Option(help="float32, bfloat16, int8 or int4.")
 Threads = Annotated[int, typer.Option(min=1, max=256, help="Threads that share every call.")]
 Sessions = Annotated[str, typer.Option(help="Numbers of sessions, separated by commas.")]
 Contexts = Annotated[str, typer.Option(help="Context lengths in positions, separated by commas.")]
+Seconds = Annotated[float, typer.Option(min=0.0, help="How long each call is repeated.")]
 Out = Annotated[Path | None, typer.Option(help="Write the figures to this JSON file.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw a roofline to this PNG file.")]
 
@@ -34,6 +35,7 @@ def cpu_command(
     threads: Threads = 1,
     sessions: Sessions = "1",
     contexts: Contexts = "0,1024,4096",
+    seconds: Seconds = 2.0,
     json: Out = None,
     plot: Plot = None,
 ) -> None:
@@ -61,7 +63,7 @@ def cpu_command(
         raise typer.Exit(1)
     counts, lengths = _numbers("sessions", sessions, 1), _numbers("contexts", contexts, 0)
     figures: list[Figure] = []
-    measured = CpuBench(size, precision, threads)
+    measured = CpuBench(size, precision, threads, seconds)
     for figure in measured.figures(counts, lengths):
         lines = table([figure])
         for line in lines if not figures else lines[1:]:
