@@ -1,10 +1,14 @@
 """What an op demands of its arguments, executable: a violation names op, tensor and what differs.
 
 Shapes and dtypes are checked on every device. Values (slots, page numbers, lengths) only on the CPU: reading
-them elsewhere would synchronise, and while a graph is traced there are none.
+them elsewhere would synchronise, and while a graph is traced or captured they are not those of its replays.
 """
 
 from __future__ import annotations
+
+import contextlib
+import contextvars
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -55,9 +59,22 @@ def check_dtype(op: str, wanted: torch.dtype, **tensors: Tensor) -> None:
             )
 
 
+_unread: contextvars.ContextVar[bool] = contextvars.ContextVar("unread", default=False)
+
+
+@contextlib.contextmanager
+def unread_values() -> Iterator[None]:
+    """Inside, no op checks values: a captured step must not read any on the host."""
+    token = _unread.set(True)
+    try:
+        yield
+    finally:
+        _unread.reset(token)
+
+
 def readable(tensor: Tensor) -> bool:
-    """Whether the values may be looked at: on the CPU, and not while tracing."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether the values may be looked at: on the CPU, and neither while tracing nor in `unread_values`."""
+    return tensor.device.type == "cpu" and not (torch.compiler.is_compiling() or _unread.get())
 
 
 def check_range(op: str, name: str, values: Tensor, low: int, high: int) -> None:

@@ -34,6 +34,28 @@ def _advance(p: float, policy: list[float], state: list[int]) -> int:
     return SILENT
 
 
+def _chances(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    head: Tensor,
+    slots: Tensor,
+    policy: Tensor,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Check the contract; p(respond) float64 [R], and whether both logits are finite, bool [R]."""
+    check_dims("decide", x=(x, "R D"), norm_weight=(norm_weight, "D"), head=(head, "2 D"), slots=(slots, "R"))
+    sizes = check_dims("decide", policy=(policy, "Z 3"), state=(state, "Z 2"))
+    check_floats("decide", x=x, norm_weight=norm_weight, head=head)
+    check_floats("decide", policy=policy)
+    check_dtype("decide", torch.int64, slots=slots)
+    check_dtype("decide", torch.int32, state=state)
+    check_range("decide", "slots", slots, 0, sizes["Z"])
+    logits = rms_norm_ref(x, norm_weight, eps) @ head.T
+    margin = (logits[:, 1] - logits[:, 0]).double()
+    return margin.sigmoid(), logits.isfinite().all(-1)
+
+
 def decide_ref(
     x: Tensor,
     norm_weight: Tensor,
@@ -51,17 +73,8 @@ def decide_ref(
     rows are VOID: they were computed under the assumption of silence. A row whose logits are not finite
     is NONFINITE (never silence), and so void for what follows. Neither changes the state.
     """
-    check_dims("decide", x=(x, "R D"), norm_weight=(norm_weight, "D"), head=(head, "2 D"), slots=(slots, "R"))
-    sizes = check_dims("decide", policy=(policy, "Z 3"), state=(state, "Z 2"))
-    check_floats("decide", x=x, norm_weight=norm_weight, head=head)
-    check_floats("decide", policy=policy)
-    check_dtype("decide", torch.int64, slots=slots)
-    check_dtype("decide", torch.int32, state=state)
-    check_range("decide", "slots", slots, 0, sizes["Z"])
-    logits = rms_norm_ref(x, norm_weight, eps) @ head.T
-    margin = (logits[:, 1] - logits[:, 0]).double()
-    p = margin.sigmoid()
-    finite, chances, owners = logits.isfinite().all(-1).tolist(), p.tolist(), slots.tolist()
+    p, whole = _chances(x, norm_weight, eps, head, slots, policy, state)
+    finite, chances, owners = whole.tolist(), p.tolist(), slots.tolist()
     used = sorted(set(owners))
     policies, states = (dict(zip(used, t[used].tolist(), strict=True)) for t in (policy, state))
     ended: set[int] = set()
@@ -78,6 +91,44 @@ def decide_ref(
     return p.float(), torch.tensor(decisions, dtype=torch.int32, device=x.device)
 
 
+def decide_graph(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    head: Tensor,
+    slots: Tensor,
+    policy: Tensor,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The same with the policy in closed form: what a row's slot has heard before it, as [R, R] tables."""
+    p, finite = _chances(x, norm_weight, eps, head, slots, policy, state)
+    rows = len(slots)
+    if not rows:
+        return p.float(), p.int()
+    threshold, rearm, min_gap = policy[slots].double().unbind(1)
+    row = torch.arange(rows, device=x.device)
+    same = slots[:, None] == slots  # [R, R]
+    earlier = same & (row < row[:, None])
+    since = (state[slots, 0].long() + earlier.sum(1)).clamp(max=2**30)  # chunks, had all before been silent
+    heard = earlier | (same & (row == row[:, None]))
+    armed = (state[slots, 1] != 0) | (heard & (p <= rearm[:, None])).any(1)
+    respond = (p > threshold) & armed & (since >= min_gap) & finite
+    void = (earlier & (respond | ~finite)).any(1)
+    decision = torch.where(respond, RESPOND, torch.where(finite, SILENT, NONFINITE))
+    decision = torch.where(void, VOID, decision)
+    # The last row of a slot that is silent or responds leaves its state; each row stores that row's.
+    after = torch.where(
+        respond[:, None],
+        torch.stack((torch.zeros_like(since), (rearm >= 1).long()), 1),
+        torch.stack(((since + 1).clamp(max=2**30), armed.long()), 1),
+    )
+    counts = same & (decision >= SILENT)
+    last = torch.where(counts, row, -1).amax(1)
+    moved = torch.where((last >= 0)[:, None], after[last.clamp(min=0)].int(), state[slots])
+    state[slots] = moved
+    return p.float(), decision.int()
+
+
 def _fake(
     x: Tensor,
     norm_weight: Tensor,
@@ -92,6 +143,7 @@ def _fake(
 
 
 decide = define(decide_ref, _fake, mutates=("state",))
+decide.register("graph", decide_graph)
 
 
 def decide_bytes(rows: int, width: int, itemsize: int = 4) -> int:

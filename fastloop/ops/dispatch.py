@@ -10,6 +10,8 @@ does not exist is an error; nothing falls back silently.
 
     FASTLOOP_BACKEND=reference                  every op
     FASTLOOP_BACKEND=mel=reference,linear=torch some ops
+
+"graph" is PyTorch that a graph can capture: no value is read on the host, no shape depends on one.
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ import torch
 P = ParamSpec("P")
 R = TypeVar("R")
 
-BACKENDS_OF = {"cpu": ("reference", "torch", "cpu"), "cuda": ("reference", "torch", "triton", "cuda")}
-BACKENDS = ("reference", "torch", "cpu", "triton", "cuda")  # all of them, from plain to special
+BACKENDS_OF = {
+    "cpu": ("reference", "torch", "graph", "cpu"),
+    "cuda": ("reference", "torch", "graph", "triton", "cuda"),
+}
+BACKENDS = ("reference", "torch", "graph", "cpu", "triton", "cuda")  # all of them, from plain to special
 REGISTRY: dict[str, Op[..., Any]] = {}
 
 
@@ -72,6 +77,20 @@ def use_backend(text: str) -> Iterator[None]:
         yield
     finally:
         _forced.reset(token)
+
+
+Launch = Callable[["Op[..., Any]", str, tuple[Any, ...], dict[str, Any]], Any]
+_launch: contextvars.ContextVar[Launch | None] = contextvars.ContextVar("launch", default=None)
+
+
+@contextlib.contextmanager
+def launching_through(launch: Launch) -> Iterator[None]:
+    """Inside, an op's call is `launch(op, backend, args, kwargs)`: how a recorder sees a step's launches."""
+    token = _launch.set(launch)
+    try:
+        yield
+    finally:
+        _launch.reset(token)
 
 
 class Op(Generic[P, R]):
@@ -126,7 +145,10 @@ class Op(Generic[P, R]):
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
-        return self.implementations[self.backend(device)](*args, **kwargs)
+        backend, launch = self.backend(device), _launch.get()
+        if launch is not None:
+            return launch(self, backend, args, kwargs)
+        return self.implementations[backend](*args, **kwargs)
 
 
 def define(reference: Callable[P, R], fake: Callable[..., Any], mutates: Sequence[str] = ()) -> Op[P, R]:

@@ -158,6 +158,36 @@ def paged_attention_torch(
     return padded.transpose(1, 2)[real]
 
 
+def paged_attention_graph(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    row_starts: Tensor,
+    kv_lens: Tensor,
+    gaps: Tensor,
+) -> Tensor:
+    """The same without a shape that depends on lengths: each row reads all columns of the block table."""
+    _check(q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps)
+    rows, page = q.shape[0], k_pages.shape[1]
+    if not rows:
+        return q.new_empty(q.shape)
+    row = torch.arange(rows, device=q.device, dtype=torch.int32)
+    owner = torch.searchsorted(row_starts, row, right=True) - 1  # the sequence of each row
+    own = kv_lens[owner] - row_starts[owner + 1] + row  # the last slot that each row sees
+    begin, end = gaps[owner].unbind(1)
+    pages = _pages(block_table, kv_lens, page, k_pages.shape[0])[owner]  # [N, M]
+    slot = torch.arange(pages.shape[1] * page, device=q.device)
+    seen = (slot <= own[:, None]) & ~((slot >= begin[:, None]) & (slot < end[:, None]))  # [N, slots]
+    hidden = ~seen[:, :, None, None]
+    # float64, for the products of one row are long sums that torch adds up in one chain.
+    k, v = (pool[pages].flatten(1, 2).masked_fill(hidden, 0).double() for pool in (k_pages, v_pages))
+    grouped = q.unflatten(1, (k.shape[2], -1)).double()  # [N, G, H / G, K]
+    scores = grouped @ k.permute(0, 2, 3, 1) * q.shape[-1] ** -0.5  # [N, G, H / G, slots]
+    weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)
+    return (weights @ v.transpose(1, 2)).flatten(1, 2).to(q.dtype)
+
+
 def _fake(
     q: Tensor,
     k_pages: Tensor,
@@ -172,6 +202,7 @@ def _fake(
 
 paged_attention = define(paged_attention_ref, _fake)
 paged_attention.register("torch", paged_attention_torch)
+paged_attention.register("graph", paged_attention_graph)
 paged_attention.default |= {"cpu": "torch", "cuda": "torch"}
 
 

@@ -95,6 +95,37 @@ def rope_append_ref(
     return rotate(x[:, :heads], positions, inv_freq)
 
 
+def rope_append_graph(
+    qkv: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    slots: Tensor,
+    inv_freq: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+) -> Tensor:
+    """The same without a shape that depends on slots: a padded row repeats what the first real one stores."""
+    sizes = _check(qkv, bias, positions, slots, inv_freq, k_pages, v_pages)
+    groups, width, rows = sizes["G"], sizes["K"], qkv.shape[0]
+    if not rows:
+        return qkv.new_empty(0, sizes["W"] // width - 2 * groups, width)
+    if bias is not None:
+        qkv = qkv + bias
+    x = qkv.reshape(rows, -1, width)
+    heads = x.shape[1] - 2 * groups
+    real = slots >= 0
+    source = torch.where(
+        real, torch.arange(rows, device=qkv.device), real.int().argmax()
+    )  # the first real row
+    target = slots[source].clamp(min=0)
+    some = real.any()  # without one, slot 0 keeps what it holds
+    k = rotate(x[:, heads : heads + groups], positions, inv_freq)
+    for pool, new in ((k_pages, k), (v_pages, x[:, heads + groups :])):
+        flat = pool.view(-1, groups, width)
+        flat[target] = torch.where(some, new[source].to(pool.dtype), flat[target])
+    return rotate(x[:, :heads], positions, inv_freq)
+
+
 def _fake(
     qkv: Tensor,
     bias: Tensor | None,
@@ -109,6 +140,7 @@ def _fake(
 
 
 rope_append = define(rope_append_ref, _fake, mutates=("k_pages", "v_pages"))
+rope_append.register("graph", rope_append_graph)
 
 
 def rope_append_bytes(rows: int, heads: int, kv_heads: int, head_width: int, itemsize: int = 4) -> int:

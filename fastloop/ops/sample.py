@@ -48,7 +48,7 @@ def _draw(logits: Tensor, temperature: float, top_k: int, top_p: float, u: float
     return min(index, int(chosen.nonzero()[-1]))  # u * total may round up to total
 
 
-def sample_ref(
+def _legal(
     logits: Tensor,
     banned: Tensor,
     phase: Tensor,
@@ -58,10 +58,7 @@ def sample_ref(
     seed: Tensor,
     counter: Tensor,
 ) -> Tensor:
-    """logits [R, V], banned bool [phases, V], phase int64 [R] (which row of `banned` holds), temperature
-    float32 [R] (0: greedy, first of equals), top_k int64 [R] (0: off), top_p float32 [R] (1: off), seed and
-    counter int64 [R] -> ids int64 [R]; NONFINITE (-1) where a logit that is not banned is NaN or +Inf.
-    """
+    """Check the contract; logits float64 [R, V], -inf where a token is banned."""
     sizes = check_dims(
         "sample",
         logits=(logits, "R V"),
@@ -78,12 +75,84 @@ def sample_ref(
     check_dtype("sample", torch.bool, banned=banned)
     check_dtype("sample", torch.int64, phase=phase, top_k=top_k, seed=seed, counter=counter)
     check_range("sample", "phase", phase, 0, sizes["phases"])
-    legal = logits.double().masked_fill(banned[phase], float("-inf"))
+    return logits.double().masked_fill(banned[phase], float("-inf"))
+
+
+def sample_ref(
+    logits: Tensor,
+    banned: Tensor,
+    phase: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seed: Tensor,
+    counter: Tensor,
+) -> Tensor:
+    """logits [R, V], banned bool [phases, V], phase int64 [R] (which row of `banned` holds), temperature
+    float32 [R] (0: greedy, first of equals), top_k int64 [R] (0: off), top_p float32 [R] (1: off), seed and
+    counter int64 [R] -> ids int64 [R]; NONFINITE (-1) where a logit that is not banned is NaN or +Inf.
+    """
+    legal = _legal(logits, banned, phase, temperature, top_k, top_p, seed, counter)
     ids = legal.argmax(-1)
     peak = legal.amax(-1)  # NaN wins a maximum
     for row in ((temperature > 0) & peak.isfinite()).nonzero().flatten().tolist():
         u = uniform(int(seed[row]), int(counter[row]))
         ids[row] = _draw(legal[row], float(temperature[row]), int(top_k[row]), float(top_p[row]), u)
+    return torch.where(peak.isfinite(), ids, NONFINITE)
+
+
+def _signed(word: int) -> int:
+    """A 64-bit word as the int64 of the same bits."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shifted(z: Tensor, bits: int) -> Tensor:
+    """Logical shift right of int64 by `bits`: the sign does not come along."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _uniforms(seed: Tensor, counter: Tensor) -> Tensor:
+    """`uniform` of int64 [R] each -> float64 [R]; int64 wraps as 64-bit words do."""
+    z = seed * _signed(0x9E3779B97F4A7C15) + counter
+    for _ in range(2):
+        z = z + _signed(0x9E3779B97F4A7C15)
+        z = (z ^ _shifted(z, 30)) * _signed(0xBF58476D1CE4E5B9)
+        z = (z ^ _shifted(z, 27)) * _signed(0x94D049BB133111EB)
+        z = z ^ _shifted(z, 31)
+    return _shifted(z, 11).double() * 2.0**-53
+
+
+def sample_graph(
+    logits: Tensor,
+    banned: Tensor,
+    phase: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seed: Tensor,
+    counter: Tensor,
+) -> Tensor:
+    """The same for all rows at once; a greedy row draws too, and its draw is dropped."""
+    legal = _legal(logits, banned, phase, temperature, top_k, top_p, seed, counter)
+    vocab = legal.shape[1]
+    if not len(legal):
+        return phase.clone()
+    greedy, peak = legal.argmax(-1), legal.amax(-1)
+    drawn = temperature > 0
+    scale = torch.where(drawn, temperature, 1).double()[:, None]
+    order = legal.argsort(dim=-1, descending=True, stable=True)
+    probs = ((legal - peak[:, None]) / scale).exp()
+    ranked = probs.gather(1, order)
+    rank = torch.arange(vocab, device=logits.device)
+    ranked = ranked.masked_fill((rank >= top_k[:, None]) & (top_k > 0)[:, None], 0)
+    share = top_p.double()[:, None]
+    inside = (ranked.cumsum(-1) - ranked < share * ranked.sum(-1, keepdim=True)) | (rank == 0) | (share >= 1)
+    chosen = torch.zeros_like(probs).scatter(1, order, ranked.masked_fill(~inside, 0))
+    cdf = chosen.cumsum(-1)
+    point = _uniforms(seed, counter)[:, None] * cdf[:, -1:]
+    index = torch.searchsorted(cdf, point, right=True)[:, 0]
+    last = torch.where(chosen > 0, rank, -1).amax(-1)
+    ids = torch.where(drawn, torch.minimum(index, last), greedy)
     return torch.where(peak.isfinite(), ids, NONFINITE)
 
 
@@ -101,6 +170,7 @@ def _fake(
 
 
 sample = define(sample_ref, _fake)
+sample.register("graph", sample_graph)
 
 
 def sample_bytes(rows: int, vocab: int, itemsize: int = 4) -> int:

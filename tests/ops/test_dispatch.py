@@ -150,7 +150,7 @@ def test_what_cannot_run_is_an_error_with_its_reason(twice: Op[..., Tensor]) -> 
 
 def test_a_backend_of_another_device_does_not_run(twice: Op[..., Tensor]) -> None:
     """A kernel would take the pointers for its own."""
-    for backend in ("triton", "cuda"):
+    for backend in ("graph", "triton", "cuda"):
         twice.register(backend, twice_marked(30))
     twice.register("cpu", twice_marked(20))
     for device, backends in BACKENDS_OF.items():
