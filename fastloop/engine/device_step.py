@@ -1,0 +1,84 @@
+"""One step of the decoder as work of the device alone: from static buffers to static buffers.
+
+    ids, audio -> rows [N, D] -> decoder -> decide [R], sample [T] -> results
+
+It computes what `EagerRunner.step` does, without a value on the host and without a shape that depends on one,
+so a graph can capture it and the recorder can check it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import ops
+from ..checkpoint import Model
+from ..decision import DecisionState, decide
+from ..ops.contract import unread_values
+from ..ops.dispatch import REGISTRY, forced_backends
+from .kv_cache import KVCache
+from .step_buffers import StepBuffers
+
+
+def graph_backends() -> str:
+    """What `use_backend` takes so that every op can be captured: what is forced, else "graph" where one is.
+
+    An implementation that is forced and cannot be captured is refused while capturing, never replaced.
+    """
+    forced = forced_backends()
+    mine = {name: "graph" for name, op in REGISTRY.items() if "graph" in op.implementations}
+    chosen = forced if "*" in forced else mine | forced
+    return ",".join(backend if op == "*" else f"{op}={backend}" for op, backend in chosen.items())
+
+
+@dataclass(frozen=True)
+class DeviceStep:
+    """The step of one model over one KV pool and one table of decision states."""
+
+    model: Model
+    cache: KVCache
+    decisions: DecisionState
+    banned: Tensor  # bool [2, V]
+
+    @torch.inference_mode()
+    def run(self, buffers: StepBuffers) -> None:
+        """Launch the step on a set of buffers; its results are in `buffers.made` when the device is done."""
+        with ops.use_backend(graph_backends()), unread_values():
+            given, made, decoder = buffers.given, buffers.made, self.model.decoder
+            hidden = decoder.forward(
+                self._rows(buffers), buffers.rows, self.cache.k_pages, self.cache.v_pages
+            )
+            p, decisions = decide(
+                decoder, hidden[given["decide_rows"]], given["decide_slots"], self.decisions
+            )
+            made["p_respond"].copy_(p)
+            made["decisions"].copy_(decisions)
+            if buffers.bucket.draws:
+                logits = decoder.logits(hidden[given["draw_rows"]])
+                made["drawn"].copy_(self._sample(logits, given))
+
+    def _rows(self, buffers: StepBuffers) -> Tensor:
+        """The rows' embeddings [N, D], or the audio tokens that stand in their place."""
+        index = buffers.given["audio_index"]
+        own = self.model.decoder.embed(buffers.given["ids"])
+        heard = buffers.audio[index.clamp(min=0)].to(own.dtype)
+        return torch.where((index >= 0)[:, None], heard, own)
+
+    def _sample(self, logits: Tensor, given: dict[str, Tensor]) -> Tensor:
+        """logits [T, V] -> ids [T]."""
+        names = ("draw_phase", "temperature", "top_k", "top_p", "seed", "counter")
+        return ops.sample(logits, self.banned, *(given[name] for name in names))
+
+    def static(self, buffers: StepBuffers) -> dict[str, Tensor]:
+        """What the step reads and writes at fixed addresses."""
+        state = {"k_pages": self.cache.k_pages, "v_pages": self.cache.v_pages, "state": self.decisions.state}
+        return buffers.static | state
+
+    def constants(self) -> Iterator[Tensor]:
+        """What the step only reads."""
+        decoder = self.model.decoder
+        yield from self.model.weights.values()
+        yield from (decoder.head, decoder.control_head, decoder.inv_freq, self.banned, self.decisions.policy)
