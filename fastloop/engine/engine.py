@@ -318,7 +318,10 @@ class Engine:
         """The page books against what the sessions say; AssertionError where they differ."""
         with self._step_lock:
             self._reap_held()
-            self.cache.allocator.check([s.stream.kv.prefix_pages for s in self._sessions.values()])
+            sequences = [session.stream.kv for session in self._sessions.values()]
+            self.cache.allocator.check([kv.prefix_pages for kv in sequences])
+            for kv in sequences:
+                kv.check()
 
     def __enter__(self) -> Engine:
         return self

@@ -129,6 +129,15 @@ class KVSequence:
         rotated = rotate(pristine.reshape(1, -1, width), shift, inv_freq).view_as(pristine)
         self.cache.k_pages[:, self.private_prefix] = rotated
 
+    def check(self) -> None:
+        """The lease holds the pages of this sequence and no other; AssertionError where they differ."""
+        own = [*self.private_prefix, *self.pages]
+        assert sorted(own) == sorted(self.lease.held), (
+            f"{self.lease.what} uses {own}, holds {self.lease.held}"
+        )
+        needed = pages_for(self.end, self.cache.page_tokens) - self.first_page_index
+        assert len(self.pages) == needed, f"{self.lease.what} has {len(self.pages)} pages, needs {needed}"
+
     def _give_back(self, pages: list[int]) -> None:
         if pages:
             self.lease.give_back(pages)
