@@ -3,14 +3,33 @@
 #include <cstdlib>
 #include <string>
 
-#if defined(FASTLOOP_X86_ISAS)
+#if defined(__x86_64__)
 #include <cpuid.h>
 #endif
 
 namespace fastloop {
 namespace {
 
-#if defined(FASTLOOP_X86_ISAS)
+// Whether the library was compiled with it.
+constexpr bool compiled(Isa isa) {
+    switch (isa) {
+#if defined(FASTLOOP_HAS_avx512vnni)
+        case Isa::avx512vnni: return true;
+#endif
+#if defined(FASTLOOP_HAS_avx512)
+        case Isa::avx512: return true;
+#endif
+#if defined(FASTLOOP_HAS_avxvnni)
+        case Isa::avxvnni: return true;
+#endif
+#if defined(FASTLOOP_HAS_avx2)
+        case Isa::avx2: return true;
+#endif
+        default: return isa == Isa::base;
+    }
+}
+
+#if defined(__x86_64__)
 // CPUID leaf 7, subleaf 1: EAX bit 4. gcc 12 has no name for it in __builtin_cpu_supports.
 bool has_avxvnni() {
     unsigned a = 0, b = 0, c = 0, d = 0;
@@ -18,8 +37,9 @@ bool has_avxvnni() {
 }
 #endif
 
-bool supported(Isa isa) {
-#if defined(FASTLOOP_X86_ISAS)
+// Whether this machine has it.
+bool runs(Isa isa) {
+#if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
@@ -38,6 +58,8 @@ bool supported(Isa isa) {
 #endif
     return isa == Isa::base;
 }
+
+bool supported(Isa isa) { return compiled(isa) && runs(isa); }
 
 struct Named {
     Isa isa;

@@ -52,4 +52,20 @@ class Buffer {
     size_t bytes_ = 0;
 };
 
+// Scratch of one call. Up to 16 MB of it stay with the thread from call to call: fresh pages cost more than many a call computes.
+class Scratch {
+  public:
+    explicit Scratch(size_t bytes) {
+        static thread_local Buffer kept;
+        Buffer& from = bytes <= kKept ? kept : own_;
+        from.reserve(bytes);
+        data = from.as<unsigned char>();
+    }
+    unsigned char* data;
+
+  private:
+    static constexpr size_t kKept = size_t{16} << 20;
+    Buffer own_;
+};
+
 }  // namespace fastloop

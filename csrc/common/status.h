@@ -6,6 +6,7 @@
 #include <cstring>
 #include <exception>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "fastloop.h"
@@ -53,8 +54,27 @@ Params adopt(const char* where, const Params* params) {
     return own;
 }
 
-inline void need(const char* where, const char* name, const void* pointer) {
+// A pointer must be there, and to numbers aligned as these must be.
+inline void need(const char* where, const char* name, const void* pointer, size_t align = 1) {
     if (pointer == nullptr) fail(FASTLOOP_BAD_ARGUMENT, "%s: %s is NULL", where, name);
+    if (reinterpret_cast<uintptr_t>(pointer) % align != 0)
+        fail(FASTLOOP_BAD_ARGUMENT, "%s: %s is not aligned to %zu bytes", where, name, align);
+}
+template <class T>
+    requires std::is_arithmetic_v<T>
+void need(const char* where, const char* name, const T* pointer) {
+    need(where, name, pointer, alignof(T));
+}
+template <class T>
+    requires std::is_arithmetic_v<T>
+void aligned(const char* where, const char* name, const T* pointer) {
+    if (pointer != nullptr) need(where, name, pointer);
+}
+
+// Rows of `width` elements, `stride` apart, do not lie in each other.
+inline void apart(const char* where, const char* name, size_t rows, size_t width, size_t stride) {
+    if (rows > 1 && stride < width)
+        fail(FASTLOOP_BAD_ARGUMENT, "%s: rows of %s are %zu apart and %zu wide", where, name, stride, width);
 }
 
 // rows x columns x itemsize bytes must be addressable.

@@ -2,6 +2,8 @@
 
 #include <unistd.h>
 
+#include <system_error>
+
 #include "status.h"
 
 #if defined(__linux__)
@@ -53,8 +55,15 @@ void pin_to(size_t number) {
 
 Team::Team(size_t threads, bool pin) : process_(getpid()) {
     if (threads < 1 || threads > 256) fail(FASTLOOP_BAD_ARGUMENT, "team: threads is %zu; choose from 1 to 256", threads);
-    for (size_t thread = 1; thread < threads; ++thread)
-        workers_.emplace_back([this, thread, pin] { serve(thread, pin); });
+    try {
+        workers_.reserve(threads - 1);
+        for (size_t thread = 1; thread < threads; ++thread)
+            workers_.emplace_back([this, thread, pin] { serve(thread, pin); });
+    } catch (const std::system_error& error) {
+        const size_t made = workers_.size() + 1;
+        dismiss();
+        fail(FASTLOOP_UNSUPPORTED, "team: this machine gave %zu of %zu threads (%s)", made, threads, error.what());
+    }
 }
 
 Team::~Team() {
@@ -62,6 +71,10 @@ Team::~Team() {
         for (std::thread& worker : workers_) worker.detach();
         return;
     }
+    dismiss();
+}
+
+void Team::dismiss() {
     stop_ = true;
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();
@@ -72,6 +85,7 @@ void Team::run(void (*body)(void*, size_t), void* context) {
     if (getpid() != process_)
         fail(FASTLOOP_BAD_STATE, "team: this process was forked from the one that opened the engine; open another here");
     const std::lock_guard<std::mutex> one(one_run_);
+    claims_.clear(size());
     body_ = body;
     context_ = context;
     if (!workers_.empty()) {

@@ -15,7 +15,8 @@ namespace {
 
 using fastloop::kSlotTile;
 
-// Units are one float or two bfloat16 (Kind of block.h); Stored is what a key's element is in memory.
+// Units are one float or two bfloat16 (Kind of block.h); Stored is what a key's element is in memory, unless said: products of
+// floats take keys and values of bfloat16 as well.
 template <class Kind>
 struct Stored {
     typedef float Type;
@@ -53,15 +54,36 @@ FASTLOOP_INLINE void units_of(const Bfloat16*, const float* x, size_t span, int3
 }
 
 // One tile's keys and values, gathered; NULL stands for a slot that holds nothing.
-template <class Kind>
+template <class Element>
 struct Slots {
-    const typename Stored<Kind>::Type* keys[kSlotTile];
-    const typename Stored<Kind>::Type* values[kSlotTile];
+    const Element* keys[kSlotTile];
+    const Element* values[kSlotTile];
 };
 
-template <class Kind>
+// Unit `u` of a key, and the four from `u` on.
+FASTLOOP_INLINE Quad four_units(const Float32*, const float* key, size_t u) { return load4(key + u); }
+FASTLOOP_INLINE Quad four_units(const Float32*, const uint16_t* key, size_t u) {
+    uint32_t bits[4];
+    for (size_t i = 0; i < 4; ++i) bits[i] = static_cast<uint32_t>(key[u + i]) << 16;
+    Quad v;
+    __builtin_memcpy(&v, bits, sizeof v);
+    return v;
+}
+FASTLOOP_INLINE Quad four_units(const Bfloat16*, const uint16_t* key, size_t u) {
+    Quad v;
+    __builtin_memcpy(&v, key + 2 * u, sizeof v);
+    return v;
+}
+FASTLOOP_INLINE int32_t one_unit(const Float32*, const float* key, size_t u) { return unit_at(key + u); }
+FASTLOOP_INLINE int32_t one_unit(const Float32*, const uint16_t* key, size_t u) {
+    return static_cast<int32_t>(static_cast<uint32_t>(key[u]) << 16);
+}
+FASTLOOP_INLINE int32_t one_unit(const Bfloat16*, const uint16_t* key, size_t u) {
+    return static_cast<int32_t>(static_cast<uint32_t>(key[2 * u + 1]) << 16 | key[2 * u]);
+}
+
+template <class Kind, class Element = typename Stored<Kind>::Type>
 struct Attend {
-    typedef typename Stored<Kind>::Type Element;
     static constexpr size_t kInUnit = Stored<Kind>::kInUnit;
     static constexpr size_t kTileUnits = kSlotTile / kInUnit;
 
@@ -110,47 +132,51 @@ struct Attend {
     }
 
     // Keys [slot][unit] -> [unit][slot], four by four; `count` slots, whole panels of them.
-    void place_keys(const Slots<Kind>& slots, size_t count) {
+    void place_keys(const Slots<Element>& slots, size_t count) {
         for (size_t s = 0; s < (count + kPanel - 1) / kPanel * kPanel; s += 4) {
             unsigned char* const to = keys + (s / kPanel * units * kPanel + s % kPanel) * 4;
-            const float* from[4];
-            bool all = true;
-            for (size_t i = 0; i < 4; ++i) {
-                from[i] = reinterpret_cast<const float*>(slots.keys[s + i]);
-                all &= from[i] != nullptr;
-            }
+            constexpr const Kind* kKind = nullptr;
+            const Element* const* const from = slots.keys + s;
+            const bool all = from[0] != nullptr && from[1] != nullptr && from[2] != nullptr && from[3] != nullptr;
             size_t u = 0;
             for (; all && u + 4 <= units; u += 4) {
-                Quad a = load4(from[0] + u), b = load4(from[1] + u), c = load4(from[2] + u), d = load4(from[3] + u);
+                Quad a = four_units(kKind, from[0], u), b = four_units(kKind, from[1], u);
+                Quad c = four_units(kKind, from[2], u), d = four_units(kKind, from[3], u);
                 transpose4(a, b, c, d);
                 const Quad column[4] = {a, b, c, d};
                 for (size_t j = 0; j < 4; ++j) __builtin_memcpy(to + (u + j) * kPanel * 4, &column[j], 16);
             }
             for (; u < units; ++u)
                 for (size_t i = 0; i < 4; ++i) {
-                    const int32_t bits = from[i] == nullptr ? 0 : unit_at(from[i] + u);
+                    const int32_t bits = from[i] == nullptr ? 0 : one_unit(kKind, from[i], u);
                     __builtin_memcpy(to + (u * kPanel + i) * 4, &bits, 4);
                 }
         }
     }
 
-    void place_values(const Slots<Kind>& slots, size_t tile_units) {
+    void place_values(const Slots<Element>& slots, size_t tile_units) {
         for (size_t panel = 0; panel < panels; ++panel) {
             const size_t first = panel * kPanel, count = width - first < kPanel ? width - first : kPanel;
             for (size_t u = 0; u < tile_units; ++u) {
                 unsigned char* const to = values + (panel * kTileUnits + u) * kPanel * 4;
                 if (count < kPanel) __builtin_memset(to, 0, kPanel * 4);
-                place_unit(slots.values + u * kInUnit, first, count, to);
+                place_unit(static_cast<const Kind*>(nullptr), slots.values + u * kInUnit, first, count, to);
             }
         }
     }
 
-    static void place_unit(const float* const* value, size_t first, size_t count, unsigned char* to) {
+    static void place_unit(const Float32*, const float* const* value, size_t first, size_t count, unsigned char* to) {
         if (*value == nullptr) __builtin_memset(to, 0, count * 4);
         else if (count == kPanel) __builtin_memcpy(to, *value + first, kPanel * 4);
         else __builtin_memcpy(to, *value + first, count * 4);
     }
-    static void place_unit(const uint16_t* const* value, size_t first, size_t count, unsigned char* to) {
+    static void place_unit(const Float32*, const uint16_t* const* value, size_t first, size_t count, unsigned char* to) {
+        uint32_t wide[kPanel] = {};
+        if (*value != nullptr)
+            for (size_t c = 0; c < count; ++c) wide[c] = static_cast<uint32_t>((*value)[first + c]) << 16;
+        __builtin_memcpy(to, wide, count * 4);
+    }
+    static void place_unit(const Bfloat16*, const uint16_t* const* value, size_t first, size_t count, unsigned char* to) {
         static const uint16_t kNone[kPanel] = {};
         const uint16_t* const a = value[0] == nullptr ? kNone : value[0] + first;
         const uint16_t* const b = value[1] == nullptr ? kNone : value[1] + first;
@@ -172,7 +198,7 @@ struct Attend {
     }
 
     // Asks for the keys and values of a tile that comes next.
-    static void fetch(const Slots<Kind>& slots, size_t width) {
+    static void fetch(const Slots<Element>& slots, size_t width) {
         for (size_t s = 0; s < kSlotTile; ++s) {
             if (slots.keys[s] == nullptr) continue;
             for (size_t byte = 0; byte < width * sizeof(Element); byte += 64) {
@@ -184,7 +210,7 @@ struct Attend {
 
     // One tile of `count` slots; hide(row, scores, span) puts -inf where the row may not look, of `span` >= count scores.
     template <class Hide>
-    void tile(const Slots<Kind>& slots, size_t count, Hide&& hide) {
+    void tile(const Slots<Element>& slots, size_t count, Hide&& hide) {
         place_keys(slots, count);
         place_values(slots, (count + kInUnit - 1) / kInUnit);
         const fastloop::Blocks blocks(rows, kBlock);

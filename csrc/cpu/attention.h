@@ -31,8 +31,9 @@ struct PagedAttention {
     const float* q;  // [N, H, K]
     size_t heads;    // H
     Pages pages;
-    float* out;    // [N, H, K]
-    float* parts;  // each [rows][repeat][2 + K] = (maximum, total, sums)
+    int32_t format;  // of the products: FASTLOOP_FLOAT32, or that of the pages
+    float* out;      // [N, H, K]
+    float* parts;    // each [rows][repeat][2 + K] = (maximum, total, sums)
 };
 
 // Full attention inside a block of T positions: qkv [T, 3E] as [q | k | v] -> out [T, E].

@@ -23,7 +23,7 @@ double best_rate(fastloop_team& team, Work&& work) {
     std::vector<double> done(team.team.size());
     for (int t = 0; t < kTries; ++t) {
         const auto begin = std::chrono::steady_clock::now();
-        run(team.team, team.claims, [&](Crew& crew) { done[crew.thread] = work(crew.thread); });
+        run(team.team, [&](Crew& crew) { done[crew.thread] = work(crew.thread); });
         const std::chrono::duration<double> took = std::chrono::steady_clock::now() - begin;
         double all = 0;
         for (double each : done) all += each;

@@ -7,7 +7,7 @@
 #include <mutex>
 #include <vector>
 
-#include "attention.h"
+#include "attention_plan.h"
 #include "stage.h"
 #include "status.h"
 
@@ -16,20 +16,6 @@ using namespace fastloop;
 namespace {
 
 constexpr const char* kWhere = "decoder";
-
-// The jobs of every layer's attention, and the rows whose context has several spans.
-struct AttentionPlan {
-    struct Merge {
-        size_t row, spans;
-        size_t part;         // index of its first part: [spans][groups]
-        size_t row_in_part;
-    };
-    std::vector<AttentionJob> jobs;
-    std::vector<Merge> merges;
-    std::vector<size_t> parts;  // where each begins, in floats
-    size_t part_floats = 0;
-    size_t most_rows = 0;  // query rows x heads of the largest job
-};
 
 struct Buffers {
     float *turn, *qkv, *q, *attended, *wide, *parts;
@@ -52,49 +38,12 @@ struct fastloop_decoder {
     size_t ffn() const { return layers.empty() ? 0 : weight(layers[0].down).in; }
     size_t attended() const { return p.heads * p.head_width; }
     size_t qkv_rows() const { return (p.heads + 2 * p.kv_heads) * p.head_width; }
-    void cut(const fastloop_decode_params& c);
-    void cut_run(const fastloop_decode_params& c, size_t b, size_t row, size_t rows, size_t own);
     Buffers place(const fastloop_decode_params& c, size_t threads);
     void angles(Stage& s, const fastloop_decode_params& c, const Buffers& b) const;
     void attention(Stage& s, size_t layer, const fastloop_decode_params& c, const Buffers& b) const;
     void layer(Stage& s, size_t layer, const fastloop_decode_params& c, const Buffers& b) const;
     void logits(Stage& s, const fastloop_decode_params& c, const Buffers& b) const;
 };
-
-// Queries in runs, KV heads, spans of slots: from each sequence alone.
-void fastloop_decoder::cut(const fastloop_decode_params& c) {
-    const size_t run = std::max<size_t>(1, kJobRows / (p.heads / p.kv_heads));
-    plan = {};
-    for (size_t b = 0; b < c.sequences; ++b) {
-        const size_t begin = static_cast<size_t>(c.row_starts[b]), end = static_cast<size_t>(c.row_starts[b + 1]);
-        const size_t start = static_cast<size_t>(c.kv_lens[b]) - (end - begin);
-        for (size_t row = begin; row < end; row += run)
-            cut_run(c, b, row, std::min(run, end - row), start + (row - begin));
-    }
-    // The longest jobs first: what is left at the end is short.
-    std::stable_sort(plan.jobs.begin(), plan.jobs.end(), [](const AttentionJob& a, const AttentionJob& b) {
-        return a.rows * (a.last_slot - a.first_slot) > b.rows * (b.last_slot - b.first_slot);
-    });
-}
-
-void fastloop_decoder::cut_run(const fastloop_decode_params& c, size_t b, size_t row, size_t rows, size_t own) {
-    const size_t repeat = p.heads / p.kv_heads, last = own + rows, spans = (last + kSpan - 1) / kSpan;
-    const size_t first_part = plan.parts.size();
-    for (size_t span = 0; span < spans; ++span)
-        for (size_t g = 0; g < p.kv_heads; ++g) {
-            ptrdiff_t part = -1;
-            if (spans > 1) {
-                part = static_cast<ptrdiff_t>(plan.part_floats);
-                plan.parts.push_back(plan.part_floats);
-                plan.part_floats += rows * repeat * (2 + p.head_width);
-            }
-            plan.jobs.push_back({row, rows, g, span * kSpan, std::min(last, (span + 1) * kSpan), own,
-                                 static_cast<size_t>(c.gaps[2 * b]), static_cast<size_t>(c.gaps[2 * b + 1]),
-                                 c.block_table + b * c.table_width, part});
-        }
-    for (size_t r = 0; spans > 1 && r < rows; ++r) plan.merges.push_back({row + r, spans, first_part, r});
-    plan.most_rows = std::max(plan.most_rows, rows * repeat);
-}
 
 Buffers fastloop_decoder::place(const fastloop_decode_params& c, size_t threads) {
     const size_t n = c.rows;
@@ -106,14 +55,13 @@ Buffers fastloop_decoder::place(const fastloop_decode_params& c, size_t threads)
         b.q = arena.take<float>(n * attended());
         b.attended = arena.take<float>(n * attended());
         b.wide = arena.take<float>(n * ffn());
-        b.parts = arena.take<float>(plan.part_floats);
+        b.parts = arena.take<float>(plan.part_floats());
         size_t packed = rows_scratch(weight(p.head), c.logit_rows);
         for (const fastloop_decoder_layer& l : layers)
             for (const fastloop_weight* w : {l.qkv, l.out, l.gate_up, l.down})
                 packed = std::max(packed, rows_scratch(weight(w), n));
         b.packed = arena.take<unsigned char>(packed);
-        const size_t attention = attention_scratch(plan.most_rows, p.head_width);
-        b.scratch_each = Arena::padded(std::max(attention, p.width * sizeof(float)));
+        b.scratch_each = Arena::padded(std::max(plan.scratch_bytes(p.head_width), p.width * sizeof(float)));
         b.scratch = arena.take<unsigned char>(b.scratch_each * threads);
         return arena.used();
     };
@@ -122,16 +70,10 @@ Buffers fastloop_decoder::place(const fastloop_decode_params& c, size_t threads)
     return b;
 }
 
-// (cos, sin) of every row, once for all layers; in float64: at hour-long positions a float32 angle is 0.01 rad off.
+// (cos, sin) of every row, once for all layers.
 void fastloop_decoder::angles(Stage& s, const fastloop_decode_params& c, const Buffers& b) const {
-    const size_t half = p.head_width / 2;
     s.crew.each(c.rows, [&](size_t row) {
-        float* const turn = b.turn + row * p.head_width;
-        for (size_t i = 0; i < half; ++i) {
-            const double angle = static_cast<double>(c.positions[row]) * inv_freq[i];
-            turn[2 * i] = static_cast<float>(std::cos(angle));
-            turn[2 * i + 1] = static_cast<float>(std::sin(angle));
-        }
+        turn_of(c.positions[row], inv_freq.data(), p.head_width / 2, b.turn + row * p.head_width);
     });
 }
 
@@ -145,14 +87,7 @@ void fastloop_decoder::attention(Stage& s, size_t layer, const fastloop_decode_p
         (b.qkv + row * qkv_rows(), layers[layer].qkv_bias, b.turn + row * p.head_width, c.slots[row], p.heads, pages,
          b.q + row * attended());
     });
-    const PagedAttention call{b.q, p.heads, pages, b.attended, b.parts};
-    s.crew.each(plan.jobs.size(), [&](size_t i) { FASTLOOP_KERNEL(s.isa, paged_attention)(call, plan.jobs[i], s.scratch); });
-    if (plan.merges.empty()) return;
-    s.crew.each(plan.merges.size(), [&](size_t i) {
-        const AttentionPlan::Merge& m = plan.merges[i];
-        FASTLOOP_KERNEL(s.isa, merge_attention)
-        (call, plan.parts.data() + m.part, m.spans, m.row_in_part, b.attended + m.row * attended());
-    });
+    plan.run(s, {b.q, p.heads, pages, c.page_format, b.attended, b.parts});
 }
 
 void fastloop_decoder::layer(Stage& s, size_t layer, const fastloop_decode_params& c, const Buffers& b) const {
@@ -223,48 +158,34 @@ void check_decoder(const fastloop_decoder_params& p) {
     }
 }
 
-void check_sequence(const fastloop_decode_params& c, size_t b) {
-    const int64_t begin = c.row_starts[b], end = c.row_starts[b + 1], length = c.kv_lens[b];
-    const int64_t room = static_cast<int64_t>(c.table_width * c.page_tokens);
-    if (begin < 0 || end < begin || end > static_cast<int64_t>(c.rows) || length < end - begin || length > room)
-        fail(FASTLOOP_BAD_ARGUMENT, "decoder: sequence %zu has rows [%lld, %lld) of %zu and %lld of %lld slots", b,
-             static_cast<long long>(begin), static_cast<long long>(end), c.rows, static_cast<long long>(length),
-             static_cast<long long>(room));
-    if (c.gaps[2 * b] < 0 || c.gaps[2 * b + 1] < c.gaps[2 * b])
-        fail(FASTLOOP_BAD_ARGUMENT, "decoder: the gap of sequence %zu is [%d, %d)", b, c.gaps[2 * b], c.gaps[2 * b + 1]);
-    const size_t used = (static_cast<size_t>(length) + c.page_tokens - 1) / c.page_tokens;
-    for (size_t i = 0; i < used; ++i) {
-        const int32_t page = c.block_table[b * c.table_width + i];
-        if (page < 0 || static_cast<size_t>(page) >= c.pages)
-            fail(FASTLOOP_BAD_ARGUMENT, "decoder: page %zu of sequence %zu is %d, the pool has %zu", i, b, page, c.pages);
-    }
+Sequences sequences_of(const fastloop_decode_params& c) {
+    return {c.sequences, c.row_starts, c.block_table, c.table_width, c.kv_lens, c.gaps};
 }
 
 void check_step(const fastloop_decode_params& c) {
     need(kWhere, "team", c.team);
     if (c.rows == 0) return;
-    const struct {
-        const char* name;
-        const void* pointer;
-    } arrays[] = {{"x", c.x}, {"positions", c.positions}, {"slots", c.slots}, {"row_starts", c.row_starts},
-                  {"block_table", c.block_table}, {"kv_lens", c.kv_lens}, {"gaps", c.gaps}, {"k_pages", c.k_pages},
-                  {"v_pages", c.v_pages}};
-    for (const auto& each : arrays) need(kWhere, each.name, each.pointer);
+    need(kWhere, "x", c.x);
+    need(kWhere, "positions", c.positions);
+    need(kWhere, "slots", c.slots);
     if (c.page_format != FASTLOOP_FLOAT32 && c.page_format != FASTLOOP_BFLOAT16)
         fail(FASTLOOP_BAD_ARGUMENT, "decoder: page_format is %d; pages are float32 or bfloat16", c.page_format);
-    if (c.sequences < 1 || c.page_tokens < 1 || c.row_starts[0] != 0 ||
-        c.row_starts[c.sequences] != static_cast<int64_t>(c.rows))
-        fail(FASTLOOP_BAD_ARGUMENT, "decoder: row_starts must go from 0 to the %zu rows", c.rows);
+    const size_t align = c.page_format == FASTLOOP_FLOAT32 ? alignof(float) : alignof(uint16_t);
+    need(kWhere, "k_pages", c.k_pages, align);
+    need(kWhere, "v_pages", c.v_pages, align);
+    check_sequences(kWhere, sequences_of(c), c.rows, c.pages, c.page_tokens);
     const int64_t slots = static_cast<int64_t>(c.pages * c.page_tokens);
     for (size_t row = 0; row < c.rows; ++row)
         if (c.slots[row] < -1 || c.slots[row] >= slots)
             fail(FASTLOOP_BAD_ARGUMENT, "decoder: slot of row %zu is %lld, the pool has %lld", row,
                  static_cast<long long>(c.slots[row]), static_cast<long long>(slots));
-    for (size_t b = 0; b < c.sequences; ++b) check_sequence(c, b);
+    if (c.logit_rows == 0) return;
+    need(kWhere, "logit_row", c.logit_row);
+    need(kWhere, "logits", c.logits);
     for (size_t i = 0; i < c.logit_rows; ++i)
-        if (c.logit_row == nullptr || c.logits == nullptr || c.logit_row[i] < 0 ||
-            static_cast<size_t>(c.logit_row[i]) >= c.rows)
-            fail(FASTLOOP_BAD_ARGUMENT, "decoder: logit_row and logits are wanted, and rows below %zu", c.rows);
+        if (c.logit_row[i] < 0 || static_cast<size_t>(c.logit_row[i]) >= c.rows)
+            fail(FASTLOOP_BAD_ARGUMENT, "decoder: logit_row %zu is %lld, there are %zu rows", i,
+                 static_cast<long long>(c.logit_row[i]), c.rows);
 }
 
 }  // namespace
@@ -294,9 +215,9 @@ extern "C" fastloop_status fastloop_decode(fastloop_decoder* decoder, const fast
         if (c.rows == 0) return;
         const std::lock_guard<std::mutex> one(decoder->one_call);
         Team& team = c.team->team;
-        decoder->cut(c);
+        decoder->plan.cut(sequences_of(c), decoder->p.heads, decoder->p.kv_heads, decoder->p.head_width);
         const Buffers b = decoder->place(c, team.size());
-        run(team, c.team->claims, [&](Crew& crew) {
+        run(team, [&](Crew& crew) {
             Stage s{crew, decoder->isa, team.size(), b.scratch + crew.thread * b.scratch_each};
             decoder->angles(s, c, b);
             for (size_t layer = 0; layer < decoder->layers.size(); ++layer) decoder->layer(s, layer, c, b);

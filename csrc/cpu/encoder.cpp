@@ -1,13 +1,12 @@
 // One pass of the audio tower: mel frames of B chunks -> audio tokens (fastloop/encoder.py is its readable twin).
 //
 //   frames -> conv stem -> layers (LayerNorm, qkv, block attention, out, LayerNorm, fc1 GELU, fc2) -> pool -> LayerNorm -> proj
-//
-// A convolution over three frames is a `linear` whose rows overlap: row t begins at frame t of the padded frames.
 #include <cstring>
 #include <mutex>
 #include <vector>
 
 #include "attention.h"
+#include "conv_stem.h"
 #include "stage.h"
 #include "status.h"
 
@@ -18,7 +17,8 @@ namespace {
 constexpr const char* kWhere = "encoder";
 
 struct Buffers {
-    float *frames, *stem, *x, *wide, *attended;
+    StemBuffers stem;
+    float *x, *wide, *attended;
     unsigned char *packed, *scratch;
     size_t scratch_each;
 };
@@ -35,34 +35,37 @@ struct fastloop_encoder {
     const Weight& weight(const fastloop_weight* w) const { return w->own.weight; }
     Buffers place(size_t chunks, size_t frames, size_t threads);
     void encode(Stage& s, const fastloop_encode_params& c, const Buffers& b) const;
-    void stem(Stage& s, const fastloop_encode_params& c, const Buffers& b) const;
+    ConvStem stem() const {
+        return {p.bins, p.width, &weight(p.conv1), p.conv1_bias, &weight(p.conv2), p.conv2_bias, p.positions};
+    }
     void layer(Stage& s, const fastloop_encoder_layer& l, size_t chunks, size_t positions, const Buffers& b) const;
     void head(Stage& s, const fastloop_encode_params& c, const Buffers& b) const;
     size_t widest() const;
 };
 
 size_t fastloop_encoder::widest() const {
-    size_t most = std::max({3 * p.width, 3 * p.bins, weight(p.proj).in});
+    size_t most = 3 * p.width;
     for (const fastloop_encoder_layer& l : layers) most = std::max(most, weight(l.fc1).out);
     return most;
 }
 
 Buffers fastloop_encoder::place(size_t chunks, size_t frames, size_t threads) {
-    const size_t positions = frames / 2, rows = chunks * frames, e = p.width;
+    const size_t positions = frames / 2, e = p.width;
     Buffers b{};
     const auto lay_out = [&](unsigned char* base) {
         Arena arena(base);
-        b.frames = arena.take<float>(chunks * (frames + 2) * p.bins);
-        b.stem = arena.take<float>(chunks * (frames + 2) * e);
+        b.stem.frames = arena.take<float>(chunks * (frames + 2) * p.bins);
+        b.stem.padded = arena.take<float>(chunks * (frames + 2) * e);
         b.x = arena.take<float>(chunks * positions * e);
         b.wide = arena.take<float>(chunks * positions * widest());
         b.attended = arena.take<float>(chunks * positions * e);
-        size_t packed = std::max(rows_scratch(weight(p.conv1), rows), rows_scratch(weight(p.conv2), rows));
+        size_t packed = std::max(stem_packed(stem(), chunks, frames), rows_scratch(weight(p.proj), chunks * positions));
         for (const fastloop_encoder_layer& l : layers)
             for (const fastloop_weight* w : {l.qkv, l.out, l.fc1, l.fc2})
                 packed = std::max(packed, rows_scratch(weight(w), chunks * positions));
-        packed = std::max(packed, rows_scratch(weight(p.proj), chunks * positions));
         b.packed = arena.take<unsigned char>(packed);
+        b.stem.hidden = b.wide;  // [B, F, E] fits [B, F / 2, 3 E]
+        b.stem.packed = b.packed;
         b.scratch_each = Arena::padded(std::max(attention_scratch(positions, e / p.heads), widest() * sizeof(float)));
         b.scratch = arena.take<unsigned char>(b.scratch_each * threads);
         return arena.used();
@@ -70,36 +73,6 @@ Buffers fastloop_encoder::place(size_t chunks, size_t frames, size_t threads) {
     memory.reserve(lay_out(nullptr));
     lay_out(memory.as<unsigned char>());
     return b;
-}
-
-void fastloop_encoder::stem(Stage& s, const fastloop_encode_params& c, const Buffers& b) const {
-    const size_t e = p.width, bins = p.bins, positions = c.frames / 2;
-    s.crew.each(c.chunks, [&](size_t chunk) {  // zeros before and behind each chunk
-        float* const to = b.frames + chunk * (c.frames + 2) * bins;
-        std::memset(to, 0, bins * sizeof(float));
-        std::memcpy(to + bins, c.mel + chunk * c.frames * bins, c.frames * bins * sizeof(float));
-        std::memset(to + (c.frames + 1) * bins, 0, bins * sizeof(float));
-        float* const stem = b.stem + chunk * (c.frames + 2) * e;
-        std::memset(stem, 0, e * sizeof(float));
-        std::memset(stem + (c.frames + 1) * e, 0, e * sizeof(float));
-        for (size_t t = 0; t < positions; ++t)  // what the second convolution is added to
-            std::memcpy(b.x + (chunk * positions + t) * e, p.positions + t * e, e * sizeof(float));
-    });
-    const Weight &first = weight(p.conv1), &second = weight(p.conv2);
-    const Rows rows1 = rows_in(first, c.chunks * c.frames, b.packed);
-    pack_rows(s, first, rows1, [&](size_t row, float*) {
-        return b.frames + (row / c.frames * (c.frames + 2) + row % c.frames) * bins;
-    });
-    float* const hidden = b.wide;  // [B F, E], into the padded stem chunk by chunk
-    multiply(s, first, rows1, {p.conv1_bias, FASTLOOP_GELU, nullptr, 0, hidden, e});
-    s.crew.each(c.chunks, [&](size_t chunk) {
-        std::memcpy(b.stem + (chunk * (c.frames + 2) + 1) * e, hidden + chunk * c.frames * e, c.frames * e * sizeof(float));
-    });
-    const Rows rows2 = rows_in(second, c.chunks * positions, b.packed);
-    pack_rows(s, second, rows2, [&](size_t row, float*) {
-        return b.stem + (row / positions * (c.frames + 2) + 2 * (row % positions)) * e;
-    });
-    multiply(s, second, rows2, {p.conv2_bias, FASTLOOP_GELU, b.x, e, b.x, e});
 }
 
 void fastloop_encoder::layer(Stage& s, const fastloop_encoder_layer& l, size_t chunks, size_t positions,
@@ -145,7 +118,7 @@ void fastloop_encoder::head(Stage& s, const fastloop_encode_params& c, const Buf
 }
 
 void fastloop_encoder::encode(Stage& s, const fastloop_encode_params& c, const Buffers& b) const {
-    stem(s, c, b);
+    run_stem(s, stem(), c.chunks, c.frames, c.mel, b.stem, b.x);
     for (const fastloop_encoder_layer& l : layers) layer(s, l, c.chunks, c.frames / 2, b);
     head(s, c, b);
 }
@@ -164,8 +137,7 @@ void check_encoder(const fastloop_encoder_params& p) {
     const size_t e = p.width;
     if (e < 1 || p.heads < 1 || e % p.heads || p.bins < 1)
         fail(FASTLOOP_BAD_ARGUMENT, "encoder: width %zu, heads %zu, bins %zu do not go together", e, p.heads, p.bins);
-    shape("conv1", p.conv1, e, 3 * p.bins);
-    shape("conv2", p.conv2, e, 3 * e);
+    check_stem(kWhere, p.bins, e, p.conv1, p.conv2);
     need(kWhere, "proj", p.proj);
     shape("proj", p.proj, p.proj->own.weight.out, e);
     for (const float* vector : {p.conv1_bias, p.conv2_bias, p.positions, p.norm_weight, p.norm_bias, p.proj_bias})
@@ -217,7 +189,7 @@ extern "C" fastloop_status fastloop_encode(fastloop_encoder* encoder, const fast
         const std::lock_guard<std::mutex> one(encoder->one_call);
         Team& team = c.team->team;
         const Buffers b = encoder->place(c.chunks, c.frames, team.size());
-        run(team, c.team->claims, [&](Crew& crew) {
+        run(team, [&](Crew& crew) {
             Stage s{crew, encoder->isa, team.size(), b.scratch + crew.thread * b.scratch_each};
             encoder->encode(s, c, b);
         });

@@ -31,5 +31,4 @@ struct fastloop_weight {
 struct fastloop_team {
     explicit fastloop_team(size_t threads, bool pin) : team(threads, pin) {}
     fastloop::Team team;
-    fastloop::Claims claims;
 };

@@ -7,8 +7,8 @@
 
 #include "handles.h"
 #include "memory.h"
+#include "stage.h"
 #include "status.h"
-#include "team.h"
 
 namespace fastloop {
 namespace {
@@ -98,8 +98,10 @@ void check_weight(const fastloop_weight_params& p) {
     if (p.format == FASTLOOP_INT4 && ((p.group != 32 && p.group != 64) || p.in % p.group))
         fail(FASTLOOP_BAD_ARGUMENT, "weight: group is %zu, inputs %zu; int4 takes groups of 32 or 64 that divide the inputs",
              p.group, p.in);
-    need("weight", "data", p.data);
-    if (!floats) need("weight", "scale", p.scale);
+    if (p.format == FASTLOOP_INT8 && p.in > 65536)  // sums of 255 x 127 fit 32 bits so far
+        fail(FASTLOOP_BAD_ARGUMENT, "weight: %zu inputs; int8 takes up to 65536", p.in);
+    need("weight", "data", p.data, p.source == FASTLOOP_FLOAT32 ? sizeof(float) : p.source == FASTLOOP_BFLOAT16 ? 2 : 1);
+    if (!floats) need("weight", "scale", p.scale, p.format == FASTLOOP_INT8 ? sizeof(float) : 2);
     addressable("weight", "data", p.out + kPanel, p.in + 64, sizeof(float));
 }
 
@@ -201,28 +203,32 @@ extern "C" fastloop_status fastloop_linear(const fastloop_linear_params* params)
         const fastloop_linear_params p = adopt(kWhere, params);
         need(kWhere, "weight", p.weight);
         const Weight& w = p.weight->own.weight;
-        if (w.gated && (p.bias != nullptr || p.epilogue != FASTLOOP_NONE))
-            fail(FASTLOOP_BAD_ARGUMENT, "linear: gated weights take no bias and no other epilogue");
+        if (w.gated && p.epilogue != FASTLOOP_NONE)
+            fail(FASTLOOP_BAD_ARGUMENT, "linear: gated weights have their epilogue and take no other");
         if (p.epilogue != FASTLOOP_NONE && p.epilogue != FASTLOOP_GELU)
             fail(FASTLOOP_BAD_ARGUMENT, "linear: epilogue is %d; choose from fastloop_epilogue", p.epilogue);
         if (p.rows == 0) return;
         need(kWhere, "x", p.x);
         need(kWhere, "out", p.out);
-        if (p.rows > 1 && (p.x_stride < w.in || p.out_stride < w.width()))
-            fail(FASTLOOP_BAD_ARGUMENT, "linear: strides are %zu and %zu; rows are %zu and %zu wide", p.x_stride,
-                 p.out_stride, w.in, w.width());
+        aligned(kWhere, "bias", p.bias);
+        aligned(kWhere, "residual", p.residual);
+        apart(kWhere, "x", p.rows, w.in, p.x_stride);
+        apart(kWhere, "out", p.rows, w.width(), p.out_stride);
+        if (p.residual != nullptr) apart(kWhere, "residual", p.rows, w.width(), p.residual_stride);
         addressable(kWhere, "x", p.rows, w.in + w.groups + 16, sizeof(float));
         const Isa isa = choose_isa(kWhere, p.isa);
-        Buffer scratch(rows_scratch(w, p.rows));
-        const Rows rows = rows_in(w, p.rows, scratch.as<unsigned char>());
+        const Scratch scratch(rows_scratch(w, p.rows));
+        const Rows rows = rows_in(w, p.rows, scratch.data);
         const Finish finish{p.bias, p.epilogue, p.residual, p.residual_stride, p.out, p.out_stride};
-        if (p.team == nullptr) {
+        // A few rows take as long as reading the weights does.
+        fastloop_team* const team = worth(p.team, std::max<size_t>(p.rows, 4) * w.out * w.in);
+        if (team == nullptr) {
             FASTLOOP_KERNEL(isa, linear_rows)(w, p.x, p.x_stride, 0, p.rows, rows);
             FASTLOOP_KERNEL(isa, linear_panels)(w, rows, finish, 0, w.panels);
             return;
         }
-        const size_t claim = panels_per_claim(w, p.team->team.size());
-        run(p.team->team, p.team->claims, [&](Crew& crew) {
+        const size_t claim = panels_per_claim(w, team->team.size());
+        run(team->team, [&](Crew& crew) {
             crew.each(p.rows, [&](size_t row) { FASTLOOP_KERNEL(isa, linear_rows)(w, p.x, p.x_stride, row, row + 1, rows); });
             crew.each((w.panels + claim - 1) / claim, [&](size_t i) {
                 FASTLOOP_KERNEL(isa, linear_panels)

@@ -61,7 +61,7 @@ FASTLOOP_EVERYWHERE constexpr size_t rows_bytes(size_t rows, size_t units) { ret
 
 // What is done with a sum before it is stored.
 struct Finish {
-    const float* bias;      // [O] or NULL; not for gated weights
+    const float* bias;      // [O] or NULL
     int32_t epilogue;       // fastloop_epilogue
     const float* residual;  // [rows, width] or NULL, may be `out`
     size_t residual_stride;

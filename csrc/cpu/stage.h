@@ -17,6 +17,27 @@ struct Stage {
     unsigned char* scratch;  // of this thread
 };
 
+// A call of one op takes a team only for work (multiply-adds) of some 150 us: waking a thread costs up to 50.
+inline fastloop_team* worth(fastloop_team* team, size_t work) { return work < (size_t{1} << 24) ? nullptr : team; }
+
+// body(stage) on every thread of a team, or on this one alone where there is none. `scratch` has `each` bytes for each thread.
+template <class Body>
+void staged(fastloop_team* team, Isa isa, unsigned char* scratch, size_t each, Body&& body) {
+    const auto on = [&](Crew& crew, size_t threads) {
+        Stage stage{crew, isa, threads, scratch + crew.thread * each};
+        body(stage);
+    };
+    if (team != nullptr) {
+        run(team->team, [&](Crew& crew) { on(crew, team->team.size()); });
+        return;
+    }
+    Team alone(1, false);
+    Crew crew(alone, 0);
+    on(crew, 1);
+}
+
+inline size_t threads_of(const fastloop_team* team) { return team == nullptr ? 1 : team->team.size(); }
+
 // rows of x -> packed for `w`, each first through prepare(row, x): it returns where the row to pack is.
 template <class Prepare>
 void pack_rows(Stage& s, const Weight& w, const Rows& to, Prepare&& prepare) {
@@ -33,7 +54,7 @@ inline void multiply(Stage& s, const Weight& w, const Rows& rows, const Finish& 
     });
 }
 
-// Floats of memory handed out piece by piece, each piece aligned to 64 bytes.
+// Memory handed out piece by piece, each piece aligned to 64 bytes.
 class Arena {
   public:
     static size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }

@@ -11,7 +11,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FASTLOOP_ABI_VERSION 1
+#define FASTLOOP_ABI_VERSION 2
 
 #if defined(__GNUC__)
 #define FASTLOOP_API __attribute__((visibility("default")))
@@ -68,7 +68,7 @@ FASTLOOP_API fastloop_status fastloop_mel(const fastloop_mel_params* params);
 /* ---- threads ----------------------------------------------------------------------------------------------------- */
 
 /* A fixed team of threads for the calls below: the caller and threads - 1 workers. Calls with the same team follow each
- * other. Results do not depend on the number of threads. */
+ * other; those too small to be shared run on the caller alone. Results do not depend on the number of threads. */
 typedef struct fastloop_team fastloop_team;
 
 /* pin: workers stay on one CPU each. */
@@ -112,7 +112,7 @@ typedef struct fastloop_linear_params {
     size_t rows;         /* N, any number */
     const float* x;      /* [N, D] */
     size_t x_stride;
-    const float* bias; /* [O] or NULL; NULL for gated weights */
+    const float* bias; /* [O] or NULL */
     int32_t epilogue;  /* fastloop_epilogue; FASTLOOP_NONE for gated weights */
     const float* residual; /* [N, O'] or NULL; may be `out` */
     size_t residual_stride;
@@ -122,6 +122,152 @@ typedef struct fastloop_linear_params {
 } fastloop_linear_params;
 
 FASTLOOP_API fastloop_status fastloop_linear(const fastloop_linear_params* params);
+
+/* ---- the other ops on rows: fastloop/ops/<name>.py defines each --------------------------------------------------------
+ *
+ * A row's result (a block's, a sequence's) is the same to the bit whatever is beside it. */
+
+/* y = x / sqrt(mean(x^2) + eps) * weight; with a residual, residual += x first and y is the norm of that sum. */
+typedef struct fastloop_rms_norm_params {
+    size_t struct_size;
+    size_t rows, width; /* N, D */
+    const float* x;     /* [N, D] */
+    size_t x_stride;
+    const float* weight; /* [D] */
+    float eps;
+    float* residual; /* [N, D] or NULL; changed */
+    size_t residual_stride;
+    float* out; /* [N, D] */
+    size_t out_stride;
+    const char* isa;
+} fastloop_rms_norm_params;
+FASTLOOP_API fastloop_status fastloop_rms_norm(const fastloop_rms_norm_params* params);
+
+/* y = (x - mean) / sqrt(var + eps) * weight + bias */
+typedef struct fastloop_layer_norm_params {
+    size_t struct_size;
+    size_t rows, width; /* N, E */
+    const float* x;     /* [N, E] */
+    size_t x_stride;
+    const float *weight, *bias; /* [E] */
+    float eps;
+    float* out; /* [N, E] */
+    size_t out_stride;
+    const char* isa;
+} fastloop_layer_norm_params;
+FASTLOOP_API fastloop_status fastloop_layer_norm(const fastloop_layer_norm_params* params);
+
+/* Mel frames -> encoder positions, T = (F + 1) / 2: conv k3 p1, GELU, conv k3 stride 2 p1, GELU, + positions. */
+typedef struct fastloop_conv_stem_params {
+    size_t struct_size;
+    fastloop_team* team;           /* NULL: this thread alone */
+    size_t blocks, frames;         /* B, F */
+    size_t bins, width;            /* C, E */
+    const float* mel;              /* [B, F, C] */
+    const fastloop_weight* conv1;  /* [E, 3C], inputs in the order (tap, bin) */
+    const float* conv1_bias;       /* [E] */
+    const fastloop_weight* conv2;  /* [E, 3E], inputs in the order (tap, channel) */
+    const float* conv2_bias;       /* [E] */
+    const float* positions;        /* [T or more, E] */
+    float* out;                    /* [B, T, E] */
+    const char* isa;
+} fastloop_conv_stem_params;
+FASTLOOP_API fastloop_status fastloop_conv_stem(const fastloop_conv_stem_params* params);
+
+/* qkv bias, rotary embedding of q and k, and the write of k and v into pages of float32 or bfloat16. */
+typedef struct fastloop_rope_append_params {
+    size_t struct_size;
+    size_t rows, heads, kv_heads, head_width; /* N, H, G, K */
+    const float* qkv;                         /* [N, (H + 2G) K] */
+    size_t qkv_stride;
+    const float* bias;         /* [(H + 2G) K] or NULL */
+    const int64_t* positions;  /* [N] */
+    const int64_t* slots;      /* [N], distinct: page * Q + offset; -1 stores nothing */
+    const double* inv_freq;    /* [K / 2] */
+    int32_t page_format;       /* FASTLOOP_FLOAT32 or FASTLOOP_BFLOAT16 */
+    void *k_pages, *v_pages;   /* [P, Q, G, K]; changed */
+    size_t pages, page_tokens; /* P, Q */
+    float* q;                  /* [N, H, K] */
+    const char* isa;
+} fastloop_rope_append_params;
+FASTLOOP_API fastloop_status fastloop_rope_append(const fastloop_rope_append_params* params);
+
+/* Full attention inside each block of T positions. */
+typedef struct fastloop_block_attention_params {
+    size_t struct_size;
+    fastloop_team* team;                         /* NULL: this thread alone */
+    size_t blocks, positions, heads, head_width; /* B, T, H, K */
+    const float* qkv;                            /* [B, T, 3 H K] as [q | k | v] */
+    float* out;                                  /* [B, T, H K] */
+    const char* isa;
+} fastloop_block_attention_params;
+FASTLOOP_API fastloop_status fastloop_block_attention(const fastloop_block_attention_params* params);
+
+/* Causal grouped-query attention of the new rows of many sequences over paged keys; products in float32. */
+typedef struct fastloop_paged_attention_params {
+    size_t struct_size;
+    fastloop_team* team;        /* NULL: this thread alone */
+    size_t rows, sequences;     /* N, B */
+    size_t heads;               /* H */
+    const float* q;             /* [N, H, K] */
+    int32_t page_format;        /* FASTLOOP_FLOAT32 or FASTLOOP_BFLOAT16 */
+    void *k_pages, *v_pages;    /* [P, Q, G, K]; read */
+    size_t pages, page_tokens;  /* P, Q */
+    size_t kv_heads;            /* G */
+    size_t head_width;          /* K */
+    const int32_t* row_starts;  /* [B + 1] */
+    const int32_t* block_table; /* [B, M] */
+    size_t table_width;         /* M */
+    const int32_t* kv_lens;     /* [B] */
+    const int32_t* gaps;        /* [B, 2] */
+    float* out;                 /* [N, H, K] */
+    const char* isa;
+} fastloop_paged_attention_params;
+FASTLOOP_API fastloop_status fastloop_paged_attention(const fastloop_paged_attention_params* params);
+
+typedef enum fastloop_decision {
+    FASTLOOP_VOID = -2,      /* computed under an assumption that did not hold */
+    FASTLOOP_NONFINITE = -1, /* the logits are not finite */
+    FASTLOOP_SILENT = 0,
+    FASTLOOP_RESPOND = 1
+} fastloop_decision;
+
+/* Final norm, the two logits of (KEEP_SILENCE, TEXT_BEGIN), policy, next state. */
+typedef struct fastloop_decide_params {
+    size_t struct_size;
+    size_t rows, width; /* R, D */
+    const float* x;     /* [R, D]; the rows of one slot in time order */
+    size_t x_stride;
+    const float* norm_weight; /* [D] */
+    float eps;
+    const float* head;    /* [2, D] */
+    const int64_t* slots; /* [R]: the session of each row, 0 <= slot < Z */
+    size_t slot_count;    /* Z */
+    const float* policy;  /* [Z, 3] = (threshold, rearm, min_gap) */
+    int32_t* state;       /* [Z, 2] = (chunks since the last response, armed); changed */
+    float* p_respond;     /* [R] */
+    int32_t* decision;    /* [R], fastloop_decision */
+    const char* isa;
+} fastloop_decide_params;
+FASTLOOP_API fastloop_status fastloop_decide(const fastloop_decide_params* params);
+
+/* The next token of each row: greedy, or drawn by (seed, counter) from what temperature, top_k and top_p leave. */
+typedef struct fastloop_sample_params {
+    size_t struct_size;
+    size_t rows, vocab;  /* R, V */
+    const float* logits; /* [R, V] */
+    size_t logits_stride;
+    size_t phases;
+    const uint8_t* banned;    /* [phases, V], 0 or 1 */
+    const int64_t* phase;     /* [R]: the row of `banned` that holds */
+    const float* temperature; /* [R]; 0 or less: greedy, the first of equals */
+    const int64_t* top_k;     /* [R]; 0 or less: off */
+    const float* top_p;       /* [R]; 1 or more: off */
+    const int64_t *seed, *counter; /* [R] */
+    int64_t* tokens; /* [R]; -1 where a logit that is not banned is NaN or +Inf, or none has a chance */
+    const char* isa;
+} fastloop_sample_params;
+FASTLOOP_API fastloop_status fastloop_sample(const fastloop_sample_params* params);
 
 /* ---- a model: one call for a pass of the encoder, one for a step of the decoder ---------------------------------------
  *

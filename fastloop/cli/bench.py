@@ -50,8 +50,7 @@ def cpu_command(
       fastloop bench cpu --size 3b --precision int8 --threads 2 --json 3b.json --plot 3b.png
       fastloop bench cpu --sessions 1,8,64 --contexts 0,1950
     """
-    from ..engine.native_runner import PRECISIONS
-    from ..ops.native import native, reason
+    from ..ops.native import PRECISIONS, native, reason
     from ..testing.cpu_bench import SIZES, CpuBench, Figure, roofline, table
 
     for name, value, choices in (("size", size, tuple(SIZES)), ("precision", precision, PRECISIONS)):

@@ -22,15 +22,13 @@ from ..checkpoint import Model
 from ..config import MEL_BINS, ConfigError
 from ..decision import DecisionState
 from ..mel import MelState
-from ..ops.native import require_native
-from ..quantise import GROUPS, QUANTISERS, Quantised
+from ..ops.native import PAGE_FORMATS, pack, require_native
+from ..quantise import Quantised
 from .kv_cache import KVCache
 from .runner import EagerRunner, StepBatch, StepResult
 
-PRECISIONS = ("float32", "bfloat16", "int8", "int4")  # in the order of fastloop_format
 CACHED_BYTES = 24 << 20  # of weights: what a last-level cache keeps
 ROWS_BYTES = 512 << 10  # of rows: half of a second-level cache
-PAGE_FORMATS = {torch.float32: 0, torch.bfloat16: 1}
 
 
 def native_precision(precision: str, model: Model) -> str:
@@ -75,28 +73,8 @@ class PackedModel:
         return sum(kept.nbytes for kept in self._kept if isinstance(kept, self._native.Weight))
 
     def pack(self, weight: Tensor | Quantised, precision: str, gated: bool = False) -> Any:
-        """weight [O, D] -> its packed form. Rows [gate; up] where gated."""
-        outputs, inputs = weight.shape
-        if isinstance(weight, Tensor) and precision in QUANTISERS:
-            fits = precision != "int4" or inputs % GROUPS[0] == 0
-            weight = QUANTISERS[precision if fits else "int8"](weight)
-        if isinstance(weight, Quantised):
-            precision = weight.precision  # of an int4 model some matrices are int8
-            source, scale, group = weight.values.contiguous(), weight.scale.contiguous(), weight.group
-            kind = PRECISIONS.index(precision)
-        else:
-            source = (weight if weight.dtype in PAGE_FORMATS else weight.float()).contiguous()
-            scale, group, kind = None, 0, PAGE_FORMATS[source.dtype]
-        packed = self._native.Weight(
-            format=PRECISIONS.index(precision),
-            source=kind,
-            out=outputs,
-            in_=inputs,
-            gated=gated,
-            data=source.data_ptr(),
-            scale=0 if scale is None else scale.data_ptr(),
-            group=group,
-        )
+        """weight [O, D] -> its packed form, which is kept. Rows [gate; up] where gated."""
+        packed = pack(weight, precision, gated)
         self._kept.append(packed)
         return packed
 

@@ -9,10 +9,10 @@ from ..config import ConfigError
 from ..decision import DecisionState
 from ..mel import MelState
 from ..ops.dispatch import forced_backends
-from ..ops.native import native, reason
+from ..ops.native import PAGE_FORMATS, native, reason
 from ..options import EngineConfig
 from .kv_cache import KVCache
-from .native_runner import PAGE_FORMATS, NativeRunner, native_precision
+from .native_runner import NativeRunner, native_precision
 from .runner import EagerRunner, Runner
 
 

@@ -18,6 +18,15 @@ from torch import Tensor
 
 from .contract import check_dims, check_dtype, check_floats, check_range
 from .dispatch import define
+from .native import (
+    FLOAT32,
+    address,
+    check_in_place,
+    check_native,
+    register_native,
+    require_native,
+    rows_of,
+)
 from .rms_norm import rms_norm_ref
 
 SILENT, RESPOND, NONFINITE, VOID = 0, 1, -1, -2
@@ -34,16 +43,10 @@ def _advance(p: float, policy: list[float], state: list[int]) -> int:
     return SILENT
 
 
-def _chances(
-    x: Tensor,
-    norm_weight: Tensor,
-    eps: float,
-    head: Tensor,
-    slots: Tensor,
-    policy: Tensor,
-    state: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Check the contract; p(respond) float64 [R], and whether both logits are finite, bool [R]."""
+def _check(
+    x: Tensor, norm_weight: Tensor, head: Tensor, slots: Tensor, policy: Tensor, state: Tensor
+) -> None:
+    """Check the contract."""
     check_dims("decide", x=(x, "R D"), norm_weight=(norm_weight, "D"), head=(head, "2 D"), slots=(slots, "R"))
     sizes = check_dims("decide", policy=(policy, "Z 3"), state=(state, "Z 2"))
     check_floats("decide", x=x, norm_weight=norm_weight, head=head)
@@ -51,6 +54,10 @@ def _chances(
     check_dtype("decide", torch.int64, slots=slots)
     check_dtype("decide", torch.int32, state=state)
     check_range("decide", "slots", slots, 0, sizes["Z"])
+
+
+def _chances(x: Tensor, norm_weight: Tensor, eps: float, head: Tensor) -> tuple[Tensor, Tensor]:
+    """p(respond) float64 [R], and whether both logits are finite, bool [R]."""
     logits = rms_norm_ref(x, norm_weight, eps) @ head.T
     margin = (logits[:, 1] - logits[:, 0]).double()
     return margin.sigmoid(), logits.isfinite().all(-1)
@@ -73,7 +80,8 @@ def decide_ref(
     rows are VOID: they were computed under the assumption of silence. A row whose logits are not finite
     is NONFINITE (never silence), and so void for what follows. Neither changes the state.
     """
-    p, whole = _chances(x, norm_weight, eps, head, slots, policy, state)
+    _check(x, norm_weight, head, slots, policy, state)
+    p, whole = _chances(x, norm_weight, eps, head)
     finite, chances, owners = whole.tolist(), p.tolist(), slots.tolist()
     used = sorted(set(owners))
     policies, states = (dict(zip(used, t[used].tolist(), strict=True)) for t in (policy, state))
@@ -101,7 +109,8 @@ def decide_graph(
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The same with the policy in closed form: what a row's slot has heard before it, as [R, R] tables."""
-    p, finite = _chances(x, norm_weight, eps, head, slots, policy, state)
+    _check(x, norm_weight, head, slots, policy, state)
+    p, finite = _chances(x, norm_weight, eps, head)
     rows = len(slots)
     if not rows:
         return p.float(), p.int()
@@ -144,6 +153,46 @@ def _fake(
 
 decide = define(decide_ref, _fake, mutates=("state",))
 decide.register("graph", decide_graph)
+
+
+def decide_cpu(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    head: Tensor,
+    slots: Tensor,
+    policy: Tensor,
+    state: Tensor,
+    isa: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`decide_ref` in C++ (csrc/cpu/decide.cpp), float32; the same p to the bit alone and in any batch."""
+    _check(x, norm_weight, head, slots, policy, state)
+    check_native("decide", x=x, norm_weight=norm_weight, head=head, slots=slots, policy=policy, state=state)
+    check_in_place("decide", "state", state)
+    x, norm_weight, head = rows_of(x), norm_weight.contiguous(), head.contiguous()
+    slots, policy = slots.contiguous(), policy.contiguous()
+    p = x.new_empty(len(x))
+    decision = torch.empty(len(x), dtype=torch.int32)
+    require_native().decide(
+        rows=x.shape[0],
+        width=x.shape[1],
+        x=address(x),
+        x_stride=x.stride(0),
+        norm_weight=address(norm_weight),
+        eps=eps,
+        head=address(head),
+        slots=address(slots),
+        slot_count=len(state),
+        policy=address(policy),
+        state=address(state),
+        p_respond=address(p),
+        decision=address(decision),
+        isa=isa,
+    )
+    return p, decision
+
+
+register_native(decide, decide_cpu, takes={"x": FLOAT32, "policy": FLOAT32})
 
 
 def decide_bytes(rows: int, width: int, itemsize: int = 4) -> int:

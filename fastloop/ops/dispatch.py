@@ -8,6 +8,10 @@ Which implementation runs is a table, never a guess: the default for the device,
 `use_backend(...)` or the environment variable FASTLOOP_BACKEND forces. A forced implementation that
 does not exist is an error; nothing falls back silently.
 
+An implementation may be limited: to some dtypes, and to calls without gradients (`register(takes=...)`). As a
+default it serves the calls it takes, and the default that it replaced serves the rest; so a native kernel for
+float32 leaves bfloat16 tensors, and training, where they were. Forced, it refuses what it does not take.
+
     FASTLOOP_BACKEND=reference                  every op
     FASTLOOP_BACKEND=mel=reference,linear=torch some ops
 
@@ -19,11 +23,13 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
+import inspect
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -34,6 +40,7 @@ BACKENDS_OF = {
 }
 BACKENDS = ("reference", "torch", "graph", "cpu", "triton", "cuda")  # all of them, from plain to special
 REGISTRY: dict[str, Op[..., Any]] = {}
+Limits = Mapping[str, Sequence[torch.dtype]]  # argument -> the dtypes it may have
 
 
 class BackendError(RuntimeError):
@@ -110,7 +117,10 @@ class Op(Generic[P, R]):
         self.reference = reference
         self.implementations: dict[str, Callable[P, R]] = {"reference": reference}
         self.unavailable: dict[str, str] = {}  # backend -> why it cannot run here
+        self.limits: dict[str, Limits] = {}  # backend -> what it takes, where that is not every call
         self.default: dict[str, str] = {"cpu": "reference", "cuda": "reference", "meta": "reference"}
+        self.otherwise: dict[str, str] = {}  # device -> what serves the calls that its default does not take
+        self._arguments = list(inspect.signature(reference).parameters)
         schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
         self.torch_op = torch.library.custom_op(
             f"fastloop::{name}", self.__call__, mutates_args=tuple(mutates), schema=schema
@@ -119,18 +129,31 @@ class Op(Generic[P, R]):
         functools.update_wrapper(self, reference)
         self.__name__ = name
 
-    def register(self, backend: str, implementation: Callable[P, R], default_on: str = "") -> None:
-        """Add an implementation; `default_on` ("cpu", "cuda") makes it the default there."""
+    def register(
+        self,
+        backend: str,
+        implementation: Callable[P, R],
+        default_on: str = "",
+        takes: Limits | None = None,
+    ) -> None:
+        """Add an implementation; `default_on` ("cpu", "cuda") makes it the default there.
+
+        takes: limits it to calls in which the arguments named have one of the dtypes, and no gradient is
+        wanted. None: it takes every call that the op's contract allows.
+        """
         if backend not in BACKENDS:
             raise BackendError(f"{self.name}: unknown backend {backend!r}; choose from {BACKENDS}")
         self.implementations[backend] = implementation
+        if takes is not None:
+            self.limits[backend] = takes
         if default_on:
+            if takes is not None:
+                self.otherwise[default_on] = self.default[default_on]
             self.default[default_on] = backend
 
     def backend(self, device: str) -> str:
         """The name of the implementation that runs on a device, or BackendError."""
-        forced = forced_backends()
-        choice = forced.get(self.name) or forced.get("*") or self.default.get(device)
+        choice = self._forced() or self.default.get(device)
         serving = BACKENDS_OF.get(device, ("reference",))
         if choice in self.implementations and choice in serving:
             return choice
@@ -143,9 +166,37 @@ class Op(Generic[P, R]):
             "`fastloop doctor`."
         )
 
+    def _forced(self) -> str | None:
+        forced = forced_backends()
+        return forced.get(self.name) or forced.get("*")
+
+    def refusal(self, backend: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        """Why an implementation does not take these arguments, or ""."""
+        limits = self.limits.get(backend)
+        if limits is None:
+            return ""
+        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        for name, dtypes in limits.items():
+            if given[name].dtype not in dtypes:
+                names = " or ".join(str(dtype) for dtype in dtypes)
+                return f"it takes {name} in {names}, got {given[name].dtype}"
+        if torch.is_grad_enabled():
+            for name, value in given.items():
+                if isinstance(value, Tensor) and value.requires_grad:
+                    return f"it computes no gradient, and {name} requires one"
+        return ""
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, torch.Tensor))
+        device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         backend, launch = self.backend(device), _launch.get()
+        refusal = self.refusal(backend, args, kwargs)
+        if refusal and self._forced():
+            raise BackendError(
+                f"op {self.name} on {device}: backend {backend!r} cannot run this call ({refusal}). Convert "
+                "the arguments or change FASTLOOP_BACKEND."
+            )
+        if refusal:
+            backend = self.otherwise[device]
         if launch is not None:
             return launch(self, backend, args, kwargs)
         return self.implementations[backend](*args, **kwargs)

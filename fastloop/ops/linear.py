@@ -5,11 +5,24 @@ The weights are the traffic: a step reads each of them once, whatever the number
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from .contract import check_dims, check_floats
 from .dispatch import define
+from .native import (
+    FLOAT32,
+    address,
+    check_native,
+    pack,
+    packed_once,
+    register_native,
+    require_native,
+    rows_of,
+    team,
+)
 
 EPILOGUES = ("none", "gelu", "silu_gate")
 
@@ -63,6 +76,60 @@ def _fake(
 
 
 linear = define(linear_ref, _fake)
+
+
+def linear_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
+    isa: str | None = None,
+) -> Tensor:
+    """`linear_ref` in C++ (csrc/cpu/linear.cpp), float32, any number of rows, on up to torch's threads.
+
+    The weight is packed at its first use and kept packed (`packed_once`). Packed weights of other precisions
+    go through `linear_packed`.
+    """
+    width = _check(x, weight, bias, epilogue, residual)
+    check_native("linear", x=x, weight=weight, bias=bias, residual=residual)
+    gated = epilogue == "silu_gate"
+    packed = packed_once(weight, "gated" if gated else "plain", lambda w: pack(w, gated=gated))
+    return linear_packed(x, packed, width, bias, epilogue, residual, isa)
+
+
+def linear_packed(
+    x: Tensor,
+    packed: Any,
+    width: int,
+    bias: Tensor | None = None,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
+    isa: str | None = None,
+) -> Tensor:
+    """The product with a weight of `native.pack`, whose result is `width` wide; all tensors float32."""
+    x = rows_of(x)
+    bias = None if bias is None else bias.contiguous()
+    residual = None if residual is None else rows_of(residual)
+    out = x.new_empty(x.shape[0], width)
+    require_native().linear(
+        weight=packed,
+        team=team(),
+        rows=x.shape[0],
+        x=address(x),
+        x_stride=x.stride(0),
+        bias=address(bias),
+        epilogue=EPILOGUES.index(epilogue) % 2,  # the gate belongs to the packed weight
+        residual=address(residual),
+        residual_stride=0 if residual is None else residual.stride(0),
+        out=address(out),
+        out_stride=out.stride(0),
+        isa=isa,
+    )
+    return out
+
+
+register_native(linear, linear_cpu, takes={"x": FLOAT32}, default=False)
 
 
 def linear_bytes(

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..config import FFT_SAMPLES, HOP_SAMPLES, MEL_BINS, SAMPLE_RATE
 from .contract import check_dims
 from .dispatch import define
-from .native import register_native, require_native
+from .native import FLOAT32, check_in_place, register_native, require_native
 
 EDGES = ("reflect", "wait")
 CLAMPS = ("running", "global")
@@ -241,10 +241,7 @@ def mel_cpu(
             f"mel: backend 'cpu' got tensors on {pcm.device}; move them or change FASTLOOP_BACKEND"
         )
     for name, state in (("tail", tail), ("peak", peak), ("seen", seen)):
-        if not state.is_contiguous():
-            raise ValueError(
-                f"mel: {name} is changed in place and must be contiguous, its strides are {state.stride()}"
-            )
+        check_in_place("mel", name, state)
     batch, samples = pcm.shape
     if pcm.stride(1) != 1 or (batch > 1 and pcm.stride(0) < samples):
         pcm = pcm.contiguous()
@@ -271,7 +268,7 @@ def mel_cpu(
     return frames
 
 
-register_native(mel, mel_cpu)
+register_native(mel, mel_cpu, takes={"pcm": FLOAT32})
 
 
 def mel_bytes(batch: int, samples: int, bins: int = MEL_BINS) -> int:

@@ -19,6 +19,16 @@ from torch import Tensor
 
 from .contract import check_dims, check_dtype, check_floats, check_range, readable
 from .dispatch import define
+from .native import (
+    FLOAT32,
+    PAGE_FORMATS,
+    address,
+    check_native,
+    check_pages,
+    register_native,
+    require_native,
+    team,
+)
 
 
 def _check(
@@ -204,6 +214,56 @@ paged_attention = define(paged_attention_ref, _fake)
 paged_attention.register("torch", paged_attention_torch)
 paged_attention.register("graph", paged_attention_graph)
 paged_attention.default |= {"cpu": "torch", "cuda": "torch"}
+
+
+def paged_attention_cpu(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    row_starts: Tensor,
+    kv_lens: Tensor,
+    gaps: Tensor,
+    isa: str | None = None,
+) -> Tensor:
+    """`paged_attention_ref` in C++ (csrc/cpu/paged_attention.cpp): q float32, pages float32 or bfloat16,
+    products in float32, on up to torch's threads.
+    """
+    _check(q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps)
+    check_native("paged_attention", q=q, block_table=block_table, row_starts=row_starts)
+    check_native("paged_attention", kv_lens=kv_lens, gaps=gaps)
+    check_pages("paged_attention", k_pages, v_pages)
+    q, k_pages, v_pages = q.contiguous(), k_pages.contiguous(), v_pages.contiguous()
+    table, starts = block_table.contiguous(), row_starts.contiguous()
+    lens, gaps = kv_lens.contiguous(), gaps.contiguous()
+    rows, heads, width = q.shape
+    pages, page, groups, _ = k_pages.shape
+    out = q.new_empty(q.shape)
+    require_native().paged_attention(
+        team=team(),
+        rows=rows,
+        sequences=len(lens),
+        heads=heads,
+        q=address(q),
+        page_format=PAGE_FORMATS[k_pages.dtype],
+        k_pages=address(k_pages),
+        v_pages=address(v_pages),
+        pages=pages,
+        page_tokens=page,
+        kv_heads=groups,
+        head_width=width,
+        row_starts=address(starts),
+        block_table=address(table),
+        table_width=table.shape[1],
+        kv_lens=address(lens),
+        gaps=address(gaps),
+        out=address(out),
+        isa=isa,
+    )
+    return out
+
+
+register_native(paged_attention, paged_attention_cpu, takes={"q": FLOAT32, "k_pages": tuple(PAGE_FORMATS)})
 
 
 def paged_attention_bytes(

@@ -12,6 +12,16 @@ from torch import Tensor
 
 from .contract import check_dims, check_dtype, check_floats, check_range
 from .dispatch import define
+from .native import (
+    FLOAT32,
+    PAGE_FORMATS,
+    address,
+    check_native,
+    check_pages,
+    register_native,
+    require_native,
+    rows_of,
+)
 
 
 def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
@@ -141,6 +151,51 @@ def _fake(
 
 rope_append = define(rope_append_ref, _fake, mutates=("k_pages", "v_pages"))
 rope_append.register("graph", rope_append_graph)
+
+
+def rope_append_cpu(
+    qkv: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    slots: Tensor,
+    inv_freq: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    isa: str | None = None,
+) -> Tensor:
+    """`rope_append_ref` in C++ (csrc/cpu/rope_append.cpp): rows float32, pages float32 or bfloat16."""
+    sizes = _check(qkv, bias, positions, slots, inv_freq, k_pages, v_pages)
+    check_native("rope_append", qkv=qkv, bias=bias, positions=positions, slots=slots)
+    check_pages("rope_append", k_pages, v_pages)
+    pages, page, groups, width = k_pages.shape
+    heads = sizes["W"] // width - 2 * groups
+    qkv, inv_freq = rows_of(qkv), inv_freq.double().contiguous()
+    bias = None if bias is None else bias.contiguous()
+    positions, slots = positions.contiguous(), slots.contiguous()
+    q = qkv.new_empty(len(qkv), heads, width)
+    require_native().rope_append(
+        rows=len(qkv),
+        heads=heads,
+        kv_heads=groups,
+        head_width=width,
+        qkv=address(qkv),
+        qkv_stride=qkv.stride(0),
+        bias=address(bias),
+        positions=address(positions),
+        slots=address(slots),
+        inv_freq=address(inv_freq),
+        page_format=PAGE_FORMATS[k_pages.dtype],
+        k_pages=address(k_pages),
+        v_pages=address(v_pages),
+        pages=pages,
+        page_tokens=page,
+        q=address(q),
+        isa=isa,
+    )
+    return q
+
+
+register_native(rope_append, rope_append_cpu, takes={"qkv": FLOAT32, "k_pages": tuple(PAGE_FORMATS)})
 
 
 def rope_append_bytes(rows: int, heads: int, kv_heads: int, head_width: int, itemsize: int = 4) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .contract import check_dims, check_dtype, check_floats, check_range
 from .dispatch import define
+from .native import FLOAT32, address, check_native, register_native, require_native, rows_of
 
 NONFINITE = -1
 _MASK = (1 << 64) - 1
@@ -48,7 +49,7 @@ def _draw(logits: Tensor, temperature: float, top_k: int, top_p: float, u: float
     return min(index, int(chosen.nonzero()[-1]))  # u * total may round up to total
 
 
-def _legal(
+def _check(
     logits: Tensor,
     banned: Tensor,
     phase: Tensor,
@@ -57,8 +58,8 @@ def _legal(
     top_p: Tensor,
     seed: Tensor,
     counter: Tensor,
-) -> Tensor:
-    """Check the contract; logits float64 [R, V], -inf where a token is banned."""
+) -> None:
+    """Check the contract."""
     sizes = check_dims(
         "sample",
         logits=(logits, "R V"),
@@ -75,6 +76,10 @@ def _legal(
     check_dtype("sample", torch.bool, banned=banned)
     check_dtype("sample", torch.int64, phase=phase, top_k=top_k, seed=seed, counter=counter)
     check_range("sample", "phase", phase, 0, sizes["phases"])
+
+
+def _legal(logits: Tensor, banned: Tensor, phase: Tensor) -> Tensor:
+    """logits float64 [R, V], -inf where a token is banned."""
     return logits.double().masked_fill(banned[phase], float("-inf"))
 
 
@@ -92,7 +97,8 @@ def sample_ref(
     float32 [R] (0: greedy, first of equals), top_k int64 [R] (0: off), top_p float32 [R] (1: off), seed and
     counter int64 [R] -> ids int64 [R]; NONFINITE (-1) where a logit that is not banned is NaN or +Inf.
     """
-    legal = _legal(logits, banned, phase, temperature, top_k, top_p, seed, counter)
+    _check(logits, banned, phase, temperature, top_k, top_p, seed, counter)
+    legal = _legal(logits, banned, phase)
     ids = legal.argmax(-1)
     peak = legal.amax(-1)  # NaN wins a maximum
     for row in ((temperature > 0) & peak.isfinite()).nonzero().flatten().tolist():
@@ -133,7 +139,8 @@ def sample_graph(
     counter: Tensor,
 ) -> Tensor:
     """The same for all rows at once; a greedy row draws too, and its draw is dropped."""
-    legal = _legal(logits, banned, phase, temperature, top_k, top_p, seed, counter)
+    _check(logits, banned, phase, temperature, top_k, top_p, seed, counter)
+    legal = _legal(logits, banned, phase)
     vocab = legal.shape[1]
     if not len(legal):
         return phase.clone()
@@ -171,6 +178,41 @@ def _fake(
 
 sample = define(sample_ref, _fake)
 sample.register("graph", sample_graph)
+
+
+def sample_cpu(
+    logits: Tensor,
+    banned: Tensor,
+    phase: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seed: Tensor,
+    counter: Tensor,
+    isa: str | None = None,
+) -> Tensor:
+    """`sample_ref` in C++ (csrc/cpu/sample.cpp), float32 logits."""
+    _check(logits, banned, phase, temperature, top_k, top_p, seed, counter)
+    check_native("sample", logits=logits, banned=banned, temperature=temperature, top_p=top_p)
+    logits, banned = rows_of(logits), banned.contiguous()
+    options = [t.contiguous() for t in (phase, temperature, top_k, top_p, seed, counter)]
+    names = ("phase", "temperature", "top_k", "top_p", "seed", "counter")
+    tokens = torch.empty(len(logits), dtype=torch.int64)
+    require_native().sample(
+        rows=logits.shape[0],
+        vocab=logits.shape[1],
+        logits=address(logits),
+        logits_stride=logits.stride(0),
+        phases=len(banned),
+        banned=address(banned),
+        tokens=address(tokens),
+        isa=isa,
+        **{name: address(option) for name, option in zip(names, options, strict=True)},
+    )
+    return tokens
+
+
+register_native(sample, sample_cpu, takes={"logits": FLOAT32, "temperature": FLOAT32})
 
 
 def sample_bytes(rows: int, vocab: int, itemsize: int = 4) -> int:

@@ -22,9 +22,9 @@ from ..checkpoint import Model
 from ..config import MEL_BINS, DecoderConfig, EncoderConfig, ModelConfig, published_3b, small
 from ..decoder import decoder_shapes
 from ..encoder import encoder_shapes
-from ..engine.native_runner import PRECISIONS, PackedModel
+from ..engine.native_runner import PackedModel
 from ..mel import MelState, mel_chunk
-from ..ops.native import require_native
+from ..ops.native import PRECISIONS, require_native
 from ..quantise import GROUPS, Quantised
 from .cases import byte_tokenizer
 

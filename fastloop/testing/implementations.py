@@ -39,6 +39,11 @@ class Implementation:
         """What is registered, for arguments that are on the device."""
         return REGISTRY[self.op].implementations[self.backend]
 
+    def takes(self, dtype: torch.dtype) -> bool:
+        """Whether it computes on arguments of a dtype, whatever a single one of them may differ in."""
+        limits = REGISTRY[self.op].limits.get(self.backend, {})
+        return all(dtype in dtypes for dtypes in limits.values())
+
     def __call__(self, **arguments: Any) -> Any:
         """The op on tensors of the CPU; its results are on the CPU too."""
         if self.device == "cpu":

@@ -1,7 +1,7 @@
 """For conftest.py of tests/ops and bench/ops: `implementation` runs over every implementation of an op.
 
 The op is the one that the file names (test_linear.py, bench_linear.py); in a file that names none, every op.
-What cannot run here is skipped and says why.
+What cannot run here is skipped and says why; a `dtype` that an implementation does not take is left out.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from ..ops import REGISTRY
 from .implementations import Implementation, implementations
@@ -22,6 +23,18 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(
         "implementation", [_param(i, alone=i.op == named) for op in ops for i in implementations(op)]
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items[:] = [item for item in items if _is_taken(item)]
+
+
+def _is_taken(item: pytest.Item) -> bool:
+    params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+    implementation, dtype = params.get("implementation"), params.get("dtype")
+    if not isinstance(implementation, Implementation) or not isinstance(dtype, torch.dtype):
+        return True
+    return implementation.takes(dtype)
 
 
 def _param(implementation: Implementation, alone: bool) -> object:

@@ -12,7 +12,7 @@ void block_attention(const BlockAttention& call, size_t head, unsigned char* scr
     const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(call.width));
     for (size_t t = 0; t < call.positions; ++t) state.query(t, q + t * row, scale);
     for (size_t first = 0; first < call.positions; first += kSlotTile) {
-        Slots<Float32> slots;
+        Slots<float> slots;
         for (size_t i = 0; i < kSlotTile; ++i) {
             const bool real = first + i < call.positions;
             slots.keys[i] = real ? q + (first + i) * row + embedding : nullptr;

@@ -24,7 +24,8 @@ using fastloop::Weight;
 namespace {
 
 constexpr size_t kFarAhead = 16384, kNearAhead = 4096;  // bytes
-constexpr size_t kFloatRun = 256;  // units: float sums are cut into runs, as rounding errors grow with a run's length
+// Units: sums of floats are cut into runs, as rounding errors grow with a run's length; with bfloat16, less than its own.
+constexpr size_t kFloatRun = 64, kBfloat16Run = 256;
 
 // What a walk asks for ahead of time. near: a little further down its own panel, into L1. far: from memory into L2; one
 // block of rows needs it as fast as it walks, and of several blocks each fetches its share of the next panel.
@@ -98,7 +99,7 @@ void tile_of(const Weight& w, size_t panel, const Rows& rows, size_t first, cons
     const int32_t* x = reinterpret_cast<const int32_t*>(rows.data + fastloop::rows_bytes(first, w.units));
     switch (w.format) {
         case FASTLOOP_FLOAT32: return walk<Float32, R>(data, x, w.units, kFloatRun, ahead, tile);
-        case FASTLOOP_BFLOAT16: return walk<Bfloat16, R>(data, x, w.units, kFloatRun, ahead, tile);
+        case FASTLOOP_BFLOAT16: return walk<Bfloat16, R>(data, x, w.units, kBfloat16Run, ahead, tile);
         case FASTLOOP_INT8: return walk<Bytes, R>(data, x, w.units, w.units, ahead, tile);
         default: return walk_groups<R>(w, panel, x, rows.group_sum + first * w.groups, ahead, tile);
     }
@@ -129,6 +130,8 @@ void finish_row(const Weight& w, size_t panel, const Rows& rows, size_t row, flo
     const size_t count = w.width() - first < per_panel ? w.width() - first : per_panel;
     if (f.bias != nullptr)
         for (size_t c = 0; c < count; ++c) v[c] += f.bias[first + c];
+    if (f.bias != nullptr && w.gated)
+        for (size_t c = 0; c < count; ++c) v[kPanel / 2 + c] += f.bias[w.width() + first + c];
     if (w.gated)
         for (size_t c = 0; c < kPanel / 2; c += kLanes) store(v + c, silu(load(v + c)) * load(v + kPanel / 2 + c));
     else if (f.epilogue == FASTLOOP_GELU)

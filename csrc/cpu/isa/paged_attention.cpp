@@ -10,9 +10,8 @@ using fastloop::PagedAttention;
 namespace {
 
 // The slots of a tile from `first` on, page by page.
-template <class Kind>
-void gather(const PagedAttention& call, const AttentionJob& job, size_t first, size_t last, Slots<Kind>& to) {
-    typedef typename Stored<Kind>::Type Element;
+template <class Element>
+void gather(const PagedAttention& call, const AttentionJob& job, size_t first, size_t last, Slots<Element>& to) {
     const fastloop::Pages& p = call.pages;
     const size_t each = p.groups * p.width;
     size_t page = first / p.page_tokens, offset = first % p.page_tokens;
@@ -30,22 +29,22 @@ void gather(const PagedAttention& call, const AttentionJob& job, size_t first, s
     }
 }
 
-template <class Kind>
+template <class Kind, class Element>
 void attend(const PagedAttention& call, const AttentionJob& job, unsigned char* scratch) {
     const size_t width = call.pages.width, repeat = call.heads / call.pages.groups;
-    Attend<Kind> state(job.rows * repeat, width, scratch);
+    Attend<Kind, Element> state(job.rows * repeat, width, scratch);
     const float scale = 1.0f / __builtin_sqrtf(static_cast<float>(width));
     for (size_t r = 0; r < job.rows; ++r)
         for (size_t h = 0; h < repeat; ++h)
             state.query(r * repeat + h, call.q + ((job.first_row + r) * call.heads + job.group * repeat + h) * width, scale);
-    Slots<Kind> slots, next;
+    Slots<Element> slots, next;
     const auto end_of = [&](size_t first) { return first + kSlotTile < job.last_slot ? first + kSlotTile : job.last_slot; };
-    gather<Kind>(call, job, job.first_slot, end_of(job.first_slot), next);
+    gather(call, job, job.first_slot, end_of(job.first_slot), next);
     for (size_t first = job.first_slot; first < job.last_slot; first += kSlotTile) {
         const size_t behind = first + kSlotTile, last = end_of(first);
         slots = next;
         if (behind < job.last_slot) {
-            gather<Kind>(call, job, behind, end_of(behind), next);
+            gather(call, job, behind, end_of(behind), next);
             if (job.group == 0) state.fetch(next, width * call.pages.groups);  // the jobs of the other groups come next
         }
         if (first >= job.gap_first && last <= job.gap_last) continue;
@@ -79,8 +78,9 @@ void attend(const PagedAttention& call, const AttentionJob& job, unsigned char* 
 namespace FASTLOOP_ISA {
 
 void paged_attention(const PagedAttention& call, const AttentionJob& job, unsigned char* scratch) {
-    if (call.pages.format == FASTLOOP_FLOAT32) attend<Float32>(call, job, scratch);
-    else attend<Bfloat16>(call, job, scratch);
+    if (call.pages.format == FASTLOOP_FLOAT32) attend<Float32, float>(call, job, scratch);
+    else if (call.format == FASTLOOP_FLOAT32) attend<Float32, uint16_t>(call, job, scratch);
+    else attend<Bfloat16, uint16_t>(call, job, scratch);
 }
 
 void merge_attention(const PagedAttention& call, const size_t* part, size_t spans, size_t row, float* out) {

@@ -4,6 +4,12 @@
 
 namespace FASTLOOP_ISA {
 
+void add_row(const float* x, size_t count, float* to) {
+    const size_t whole = count / kLanes * kLanes;
+    for (size_t k = 0; k < whole; k += kLanes) store(to + k, load(to + k) + load(x + k));
+    for (size_t k = whole; k < count; ++k) to[k] += x[k];
+}
+
 void rms_norm(const float* x, const float* weight, size_t count, float eps, float* y) {
     Lanes squares = {};
     const size_t whole = count / kLanes * kLanes, rest = count - whole;

@@ -10,26 +10,30 @@ using fastloop::Pages;
 
 namespace {
 
-void turn_head(const float* x, const float* bias, const float* turn, size_t width, float* y) {
+void put(float value, float* to) { *to = value; }
+void put(float value, uint16_t* to) { *to = bfloat16(value); }
+
+template <class Element>
+void turn_head(const float* x, const float* bias, const float* turn, size_t width, Element* y) {
     const size_t half = width / 2;
     for (size_t i = 0; i < half; ++i) {
         const float low = x[i] + (bias ? bias[i] : 0.0f), high = x[half + i] + (bias ? bias[half + i] : 0.0f);
         const float cosine = turn[2 * i], sine = turn[2 * i + 1];
-        y[i] = low * cosine - high * sine;
-        y[half + i] = high * cosine + low * sine;
+        put(low * cosine - high * sine, y + i);
+        put(high * cosine + low * sine, y + half + i);
     }
 }
 
-void put(const Pages& pages, void* pool, size_t index, const float* x, size_t count) {
-    if (pages.format == FASTLOOP_FLOAT32) {
-        __builtin_memcpy(static_cast<float*>(pool) + index, x, count * sizeof(float));
-        return;
-    }
-    uint16_t* const to = static_cast<uint16_t*>(pool) + index;
-    for (size_t i = 0; i < count; ++i) to[i] = bfloat16(x[i]);
+// The row's keys and values -> slot `slot`; `qkv` and `bias` from the first key on.
+template <class Element>
+void append(const float* qkv, const float* bias, const float* turn, size_t slot, const Pages& pages) {
+    const size_t width = pages.width, row = pages.groups * width;
+    Element* const keys = static_cast<Element*>(pages.keys) + slot * row;
+    Element* const values = static_cast<Element*>(pages.values) + slot * row;
+    for (size_t g = 0; g < pages.groups; ++g)
+        turn_head(qkv + g * width, bias ? bias + g * width : nullptr, turn, width, keys + g * width);
+    for (size_t i = 0; i < row; ++i) put(qkv[row + i] + (bias ? bias[row + i] : 0.0f), values + i);
 }
-
-constexpr size_t kWidest = 1024;  // checked by the front
 
 }  // namespace
 
@@ -37,18 +41,13 @@ namespace FASTLOOP_ISA {
 
 void rope_append(const float* qkv, const float* bias, const float* turn, int64_t slot, size_t heads, const Pages& pages,
                  float* q) {
-    const size_t width = pages.width, at = static_cast<size_t>(slot) * pages.groups * width;
+    const size_t width = pages.width;
     for (size_t h = 0; h < heads; ++h)
         turn_head(qkv + h * width, bias ? bias + h * width : nullptr, turn, width, q + h * width);
     if (slot < 0) return;
-    alignas(64) float row[kWidest];
-    for (size_t g = 0; g < pages.groups; ++g) {
-        const size_t key = (heads + g) * width, value = key + pages.groups * width;
-        turn_head(qkv + key, bias ? bias + key : nullptr, turn, width, row);
-        put(pages, pages.keys, at + g * width, row, width);
-        for (size_t i = 0; i < width; ++i) row[i] = qkv[value + i] + (bias ? bias[value + i] : 0.0f);
-        put(pages, pages.values, at + g * width, row, width);
-    }
+    const float* const key_bias = bias ? bias + heads * width : nullptr;
+    if (pages.format == FASTLOOP_FLOAT32) append<float>(qkv + heads * width, key_bias, turn, static_cast<size_t>(slot), pages);
+    else append<uint16_t>(qkv + heads * width, key_bias, turn, static_cast<size_t>(slot), pages);
 }
 
 }  // namespace FASTLOOP_ISA

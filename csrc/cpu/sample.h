@@ -1,0 +1,14 @@
+// What the front of `sample` (csrc/cpu/sample.cpp) wants of its kernel (csrc/cpu/isa/sample.cpp).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "isa.h"
+
+// The largest of the logits that are not banned and the first token that has it; -Inf where all are banned, NaN where one is
+// NaN. banned [count]: 0 or 1.
+FASTLOOP_DECLARE_KERNEL(float sample_peak(const float* logits, const uint8_t* banned, size_t count, size_t* token))
+// e^((logit - peak) / temperature) -> weights [count]; 0 for banned tokens.
+FASTLOOP_DECLARE_KERNEL(void sample_weights(const float* logits, const uint8_t* banned, size_t count, double peak,
+                                            double temperature, double* weights))
