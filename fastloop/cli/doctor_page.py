@@ -37,6 +37,8 @@ def _machine(m: dict[str, Any]) -> Iterator[str]:
     yield _row("instructions", " ".join(m["isa"]) or "unknown")
     compiled = reason if native is None else f"fastloop._native, instruction sets {native.isas()}"
     yield _row("compiled part", compiled)
+    runner = "eager, op by op" if native is None else "native, one compiled call a step (eager on a GPU)"
+    yield _row("runner", runner)
     yield _row("memory", f"{_gb(m['memory_bytes'])}, {_gb(m['available_bytes'])} available")
     for gpu in m["gpus"]:
         parts = [gpu["name"], _gb(gpu["memory_bytes"]), f"compute {gpu['compute_capability']}"]
