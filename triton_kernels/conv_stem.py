@@ -76,7 +76,7 @@ def conv_stem_triton(
     )
     check_floats("conv_stem", frames=frames)
     check_floats("conv_stem", weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2, positions=positions)
-    accept("conv_stem", frames=frames, weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2)
+    accept("conv_stem", frames=frames, weight1=weight1, weight2=weight2, bias2=bias2, positions=positions)
     blocks, length, width, depth = sizes["B"], sizes["F"], sizes["E"], 3 * sizes["C"]
     count = (length + 1) // 2
     if sizes["T"] < count:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..ops.contract import check_dims, check_dtype, check_floats, check_range
 from ..ops.decide import NONFINITE, RESPOND, SILENT, VOID
-from .device import begin, narrow
+from .device import begin, narrow, rsqrt
 from .launch import accept, launch, rows_apart
 from .tuning import choose
 
@@ -57,7 +57,7 @@ def _decide(
         open_ = row == row  # until the slot responds or a row is not finite
         while row < rows:
             value = tl.load(x + row.to(tl.int64) * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-            scale = tl.rsqrt(tl.sum(value * value, 0) / width + eps)
+            scale = rsqrt(tl.sum(value * value, 0) / width + eps)
             normed = narrow(value * scale, x.dtype.element_ty).to(tl.float32) * gain
             normed = narrow(normed, x.dtype.element_ty).to(tl.float32)
             logit0, logit1 = tl.sum(normed * silent, 0), tl.sum(normed * respond, 0)

@@ -40,6 +40,12 @@ def narrow(x, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def rsqrt(x):
+    """1 / sqrt(x), both rounded to nearest: a whole row is scaled by it, so an error of its is the row's."""
+    return tl.div_rn(1.0, tl.sqrt_rn(x))
+
+
+@triton.jit
 def gelu(x):
     """x Phi(x), exact (erf)."""
     return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))

@@ -86,11 +86,32 @@ def processors(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def dependent_launch(device: torch.device) -> bool:
-    """Programmatic dependent launch: sm_90 and newer, where the device's table asks for it."""
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
-        return False
+def _dependent_by_table(device: torch.device) -> bool:
     return bool(table(device).get("dependent_launch", False))
+
+
+@functools.lru_cache(maxsize=64)
+def _can_depend(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+_dependent: contextvars.ContextVar[bool | None] = contextvars.ContextVar("dependent", default=None)
+
+
+@contextlib.contextmanager
+def dependent_launches(wanted: bool) -> Iterator[None]:
+    """Inside, kernels are or are not launched dependently, whatever the device's table says."""
+    token = _dependent.set(wanted)
+    try:
+        yield
+    finally:
+        _dependent.reset(token)
+
+
+def is_dependent(device: torch.device) -> bool:
+    """Programmatic dependent launch: on sm_90 and newer, where the device's table asks for it."""
+    wanted = _dependent.get()
+    return _can_depend(device) and (_dependent_by_table(device) if wanted is None else wanted)
 
 
 def launch(
@@ -112,9 +133,10 @@ def launch(
     if recorder is not None:
         names = [name for name in kernel.arg_names if name not in constants and name != "DEPENDENT"]
         named = dict(zip(names, arguments, strict=True))
-        recorder.append(Launch(kernel, grid, named, constants | {"DEPENDENT": False}, warps, stages))
+        depends = constants | {"DEPENDENT": bool(_dependent.get())}
+        recorder.append(Launch(kernel, grid, named, depends, warps, stages))
         return
-    dependent = dependent_launch(device)
+    dependent = is_dependent(device)
     options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
     if dependent:
         options["launch_pdl"] = True

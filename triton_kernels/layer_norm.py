@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.contract import check_dims, check_floats
-from .device import begin, narrow
+from .device import begin, narrow, rsqrt
 from .launch import accept, launch, rows_apart
 from .tuning import choose
 
@@ -29,7 +29,7 @@ def _layer_norm(x, weight, bias, y, width, x_stride, eps, BLOCK: tl.constexpr, D
     mean = tl.sum(value, 0) / width
     centred = tl.where(inside, value - mean, 0.0)
     centred = tl.where(inside, centred - tl.sum(centred, 0) / width, 0.0)  # what rounding left in the mean
-    scale = tl.rsqrt(tl.sum(centred * centred, 0) / width + eps)
+    scale = rsqrt(tl.sum(centred * centred, 0) / width + eps)
     gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     shift = tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     result = centred * scale * gain + shift

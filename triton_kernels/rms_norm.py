@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.contract import check_dims, check_floats
-from .device import begin, narrow
+from .device import begin, narrow, rsqrt
 from .launch import accept, launch, rows_apart
 from .tuning import choose
 
@@ -35,7 +35,7 @@ def _rms_norm(
         total = narrow(value, residual.dtype.element_ty)
         tl.store(kept, total, mask=inside)
         value = total.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(value * value, 0) / width + eps)
+    scale = rsqrt(tl.sum(value * value, 0) / width + eps)
     gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     normed = narrow(value * scale, y.dtype.element_ty).to(tl.float32)
     tl.store(y + row * width + column, narrow(normed * gain, y.dtype.element_ty), mask=inside)

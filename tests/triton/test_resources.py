@@ -64,3 +64,21 @@ def test_spills_are_found() -> None:
     """
     done = run("-c", script)
     assert int(done.stdout) > 1000, done.stderr[-2000:]
+
+
+def test_dependent_launches_wait_before_they_read() -> None:
+    """Every kernel's first instruction on memory comes after griddepcontrol.wait."""
+    script = """if True:
+        from fastloop.triton_kernels.calls import CALLS
+        from fastloop.triton_kernels.launch import dependent_launches, record_launches
+        from fastloop.triton_kernels.resources import compile_launch
+        with dependent_launches(True), record_launches() as launches:
+            CALLS["rms_norm"]["with a residual"]()
+            CALLS["linear"]["decoder down, 13 rows"]()
+        for launch in launches:
+            ptx = compile_launch(launch, 90).asm["ptx"]
+            wait, *others = map(ptx.find, ("griddepcontrol.wait", "ld.global", "cp.async", "st.global"))
+            print(0 < wait < min(place for place in others if place > 0))
+    """
+    done = run("-c", script)
+    assert done.stdout.split() == ["True"] * 3, done.stderr[-2000:]

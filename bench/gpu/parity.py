@@ -1,0 +1,83 @@
+"""Every implementation of every op on this device against its definition in float64, on inputs drawn anew; at
+the dims of the model, too; and captured graphs against eager calls.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+
+import torch
+
+from fastloop.ops import REGISTRY
+from fastloop.testing.implementations import Implementation, implementations
+from fastloop.testing.op_cases import CASES, Case
+from fastloop.testing.selfcheck import compare
+from fastloop.triton_kernels.launch import dependent_launches
+
+from .clock import capture
+from .model import ListeningStep
+from .record import Context, Record
+from .shapes import model_cases
+
+
+def run(context: Context, record: Record) -> None:
+    """Values: the seed, and error and bound of each check."""
+    seed = secrets.randbits(32)
+    record.put(seed=seed, errors={})
+    checks = [(op, "small", CASES[op]) for op in REGISTRY]
+    if context.dry:  # the slow ones to interpret; tests/triton has them
+        checks = [check for check in checks if check[0] not in ("mel", "sample")]
+    checks += [
+        (op, "model dims", make)
+        for op, make in model_cases(context.config, context.dtype).items()
+        if not context.dry
+    ]
+    done = 0
+    for op, kind, make in checks:
+        for chosen in _serving(op, context):
+            for case in make(torch.Generator().manual_seed(seed)):
+                done += _check(chosen, kind, case, record)
+    record.put(checks_text=f"{done} right of {len(record.values['errors'])}")
+    _graph(context, record)
+
+
+def _serving(op: str, context: Context) -> list[Implementation]:
+    if context.dry:
+        return [Implementation(op, "triton", "cpu")]
+    return [i for i in implementations(op) if i.device == "cuda" and not i.missing]
+
+
+def _check(chosen: Implementation, kind: str, case: Case, record: Record) -> bool:
+    name = f"{chosen.op}, {chosen.backend}, {kind}, {len(record.values['errors'])}"
+    try:
+        found = compare(chosen, case)
+    except Exception as error:  # whatever an implementation raises is what is reported of it
+        record.problem(f"{name}: raised {type(error).__name__}: {error}"[:400])
+        record.values["errors"][name] = None
+        return False
+    record.values["errors"][name] = [found.error, found.bound]
+    if not found.ok:
+        record.problem(f"{name}: {found.problem}")
+    return found.ok
+
+
+def _graph(context: Context, record: Record) -> None:
+    """A captured listening step, replayed on new contents of its buffers, against the same step called."""
+    step = ListeningStep(context, streams=2, history=40, backend_name="triton")
+    eager = step.results(seed=1)
+    if context.dry:
+        record.put(graph_text="no graphs on the CPU")
+        again: Callable[[], None] = step.run
+    else:
+        again = capture([step.run])
+    results = step.results(seed=1, run=again)
+    other = step.results(seed=2, run=again)
+    with dependent_launches(True):  # on sm_90 and newer, where kernels overlap
+        overlapped = step.results(seed=1, run=step.run if context.dry else capture([step.run]))
+    same = all(torch.equal(a, b) for a, b in zip(eager * 2, [*results, *overlapped], strict=True))
+    differ = not torch.equal(results[0], other[0])
+    if not same or not differ:
+        record.problem(f"captured step: equal to eager: {same}; follows new inputs: {differ}")
+    elif not context.dry:
+        record.put(graph_text="captured == captured with dependent launches == eager, to the bit")

@@ -1,0 +1,161 @@
+"""Cases of every op at the dims of a model: what parity checks and what `ops` times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Generator
+
+from fastloop.config import MEL_BINS, ModelConfig
+from fastloop.ops.block_attention import block_attention_bytes
+from fastloop.ops.conv_stem import conv_stem_bytes
+from fastloop.ops.decide import decide_bytes
+from fastloop.ops.layer_norm import layer_norm_bytes
+from fastloop.ops.linear import linear_bytes, linear_flops
+from fastloop.ops.mel import mel_bytes
+from fastloop.ops.paged_attention import paged_attention_bytes
+from fastloop.ops.rms_norm import rms_norm_bytes
+from fastloop.ops.rope_append import rope_append_bytes
+from fastloop.ops.sample import sample_bytes
+from fastloop.testing import op_cases as cases
+from fastloop.testing.op_cases import Case
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One call to time: how to draw it, what it moves and computes, which arguments a step finds cold."""
+
+    name: str
+    op: str
+    draw: Callable[[Generator], Case]
+    moved: float
+    operations: float = 0
+    cold: tuple[str, ...] = ()
+
+
+def linears(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """Every matrix of the model: its dims and epilogue."""
+    e, d = config.encoder, config.decoder
+    return {
+        "encoder qkv": {"width_in": e.width, "width_out": 3 * e.width, "bias": True},
+        "encoder out": {"width_in": e.width, "width_out": e.width, "bias": True, "residual": True},
+        "encoder fc1": {"width_in": e.width, "width_out": e.ffn, "bias": True, "epilogue": "gelu"},
+        "encoder fc2": {"width_in": e.ffn, "width_out": e.width, "bias": True, "residual": True},
+        "decoder qkv": {"width_in": d.width, "width_out": d.qkv_rows},
+        "decoder out": {"width_in": d.heads * d.head_width, "width_out": d.width, "residual": True},
+        "decoder gate_up": {"width_in": d.width, "width_out": 2 * d.ffn, "epilogue": "silu_gate"},
+        "decoder down": {"width_in": d.ffn, "width_out": d.width, "residual": True},
+        "decoder head": {"width_in": d.width, "width_out": d.vocab_padded},
+    }
+
+
+def _linear(name: str, rows: int, dims: dict[str, Any], dtype: torch.dtype) -> Shape:
+    width_in, width_out = dims["width_in"], dims["width_out"]
+    return Shape(
+        f"linear {name}, {rows} rows",
+        "linear",
+        lambda g: cases.linear_case(g, rows=rows, dtype=dtype, **dims),
+        linear_bytes(rows, width_in, width_out, dtype.itemsize, dtype.itemsize),
+        linear_flops(rows, width_in, width_out),
+        ("weight",),
+    )
+
+
+def _paged(rows: int, streams: int, context: int, config: ModelConfig, dtype: torch.dtype) -> Shape:
+    """`streams` sequences with `rows` new rows each behind `context` slots."""
+    d, length = config.decoder, context + rows
+    sizes = {"heads": d.heads, "kv_heads": d.kv_heads, "head_width": d.head_width}
+
+    def draw(g: Generator) -> Case:
+        return cases.paged_attention_case(
+            g, rows=[rows] * streams, lens=[length] * streams, gaps=[(0, 0)] * streams, page=64, dtype=dtype,
+            **sizes,
+        )  # fmt: skip
+
+    moved = paged_attention_bytes(
+        rows * streams, length * streams, d.heads, d.kv_heads, d.head_width, dtype.itemsize
+    )
+    work = 4 * rows * streams * length * d.heads * d.head_width
+    name = f"paged_attention, {streams} x {rows} rows at {context}"
+    return Shape(name, "paged_attention", draw, moved, work, ("k_pages", "v_pages"))
+
+
+def shapes(config: ModelConfig, dtype: torch.dtype, dry: bool) -> list[Shape]:
+    """What `ops` times, in the order of the path."""
+    e, d, size = config.encoder, config.decoder, dtype.itemsize
+    chunk, rows = config.chunk_frames // 2, config.chunk_rows
+    found = [
+        Shape(f"mel, {n} streams", "mel", lambda g, n=n: cases.mel_case(g, streams=n), mel_bytes(n, 6400))
+        for n in ((1,) if dry else (1, 64))
+    ]
+    found += [
+        Shape(
+            "conv_stem, 1 chunk", "conv_stem",
+            lambda g: cases.conv_stem_case(g, blocks=1, width=e.width, dtype=dtype),
+            conv_stem_bytes(1, config.chunk_frames, MEL_BINS, e.width, size), cold=("weight1", "weight2"),
+        ),
+        Shape(
+            "layer_norm", "layer_norm",
+            lambda g: cases.layer_norm_case(g, rows=chunk, width=e.width, dtype=dtype),
+            layer_norm_bytes(chunk, e.width, size),
+        ),
+        Shape(
+            "block_attention, 1 chunk", "block_attention",
+            lambda g: cases.block_attention_case(
+                g, blocks=1, positions=chunk, heads=e.heads, head_width=e.head_width, dtype=dtype
+            ),
+            block_attention_bytes(1, chunk, e.width, size),
+        ),
+        Shape(
+            "rms_norm + residual", "rms_norm",
+            lambda g: cases.rms_norm_case(g, rows=rows, width=d.width, residual=True, dtype=dtype),
+            rms_norm_bytes(rows, d.width, size, True),
+        ),
+        Shape(
+            "rope_append", "rope_append",
+            lambda g: cases.rope_append_case(
+                g, rows=rows, heads=d.heads, kv_heads=d.kv_heads, head_width=d.head_width, page=64, padded=0,
+                dtype=dtype,
+            ),
+            rope_append_bytes(rows, d.heads, d.kv_heads, d.head_width, size),
+        ),
+    ]  # fmt: skip
+    for name, dims in linears(config).items():
+        counts = (chunk,) if name.startswith("encoder") else (1,) if name.endswith("head") else (1, rows, 64)
+        found += [_linear(name, n, dims, dtype) for n in ((counts[0],) if dry else counts)]
+    contexts = [(rows, 1, 20), (1, 2, 20)] if dry else [
+        (rows, 1, 1024), (rows, 1, 4096), (1, 1, 1024), (rows, 64, 1024), (rows, 64, 4096), (1, 64, 4096),
+    ]  # fmt: skip
+    found += [_paged(n, streams, context, config, dtype) for n, streams, context in contexts]
+    found += [
+        Shape(
+            "decide", "decide",
+            lambda g: cases.decide_case(g, rows=1, width=d.width, sessions=1, dtype=dtype),
+            decide_bytes(1, d.width, size),
+        ),
+        Shape(
+            "sample, 5 rows of every kind", "sample",
+            lambda g: cases.sample_case(g, rows=5, vocab=d.vocab_padded, dtype=dtype),
+            sample_bytes(5, d.vocab_padded, size),
+        ),
+    ]  # fmt: skip
+    return found
+
+
+def model_cases(config: ModelConfig, dtype: torch.dtype) -> dict[str, Callable[[Generator], list[Case]]]:
+    """One case of each op at the dims of the model (not `decide`, whose decisions in 16 bits may differ)."""
+    d = config.decoder
+    chosen = [s for s in shapes(config, dtype, dry=True) if s.op not in ("decide", "linear", "sample")]
+    grouped: dict[str, Callable[[Generator], list[Case]]] = {
+        op: lambda g, op=op: [s.draw(g) for s in chosen if s.op == op] for op in {s.op for s in chosen}
+    }
+    dims = {"width_in": d.width, "width_out": 2 * d.ffn, "epilogue": "silu_gate"}
+    down = {"width_in": d.ffn, "width_out": d.width, "residual": True}
+    grouped["linear"] = lambda g: [
+        cases.linear_case(g, rows=n, dtype=dtype, **kind) for kind in (dims, down) for n in (1, 13, 64)
+    ]
+    grouped["sample"] = lambda g: [cases.sample_case(g, rows=5, vocab=d.vocab_padded, dtype=dtype)]
+    return grouped

@@ -1,0 +1,101 @@
+"""One stream: perception, the listening step, the text token, and a whole decision from host to host."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from fastloop.testing.timing import Timing
+from fastloop.triton_kernels.launch import dependent_launches
+
+from .clock import capture, measure
+from .model import DecoderStep, ListeningStep, Perception, backend
+from .record import Context, Record
+
+BACKENDS = ("triton", "torch")  # ours; torch's own ops where an op has that backend, else the definition
+
+
+def run(context: Context, record: Record) -> None:
+    """Lines for each part at several contexts, captured; a decision with its copies from and to the host."""
+    record.put(ratios={})
+    histories = (20,) if context.dry else (0, 1024, 4096)
+    for name in ("triton",) if context.dry else BACKENDS:
+        _perception(name, context, record)
+        _dependent(name, context, record)
+        for history in histories:
+            step = DecoderStep(context, [context.config.chunk_rows], [history])
+            moved = step.weight_bytes + step.kv_bytes
+            _line(f"listening step at {history}", name, step.run, moved, step.operations, context, record)
+        for history in histories[-2:]:
+            step = DecoderStep(context, [1], [history])
+            moved = step.weight_bytes + step.kv_bytes
+            _line(f"text token at {history}", name, step.run, moved, step.operations, context, record)
+        torch.cuda.empty_cache() if context.device == "cuda" else None
+    decision = ListeningStep(context, 1, histories[-1], "triton")
+    moved = decision.step.weight_bytes + decision.step.kv_bytes + decision.perception.weight_bytes
+    record.line(
+        f"decision at {histories[-1]}, host to host", "triton", host_to_host(decision, context), moved,
+        ceilings=context.ceilings, note="pinned PCM in, decision out, one stream",
+    )  # fmt: skip
+
+
+def _dependent(name: str, context: Context, record: Record) -> None:
+    """The listening step with programmatic dependent launch (sm_90), beside the same without."""
+    if name != "triton":
+        return
+    step, seconds = DecoderStep(context, [context.config.chunk_rows], [20]), {}
+    for wanted, variant in ((False, "triton"), (True, "triton, dependent")):
+        with dependent_launches(wanted), backend(name, context):
+            seconds[variant] = measure([step.run], context.device)
+        record.line("listening step at 20", variant, seconds[variant])
+    gain = seconds["triton"].median / seconds["triton, dependent"].median
+    record.values["ratios"]["listening step: plain launches / dependent ones"] = gain
+
+
+def _perception(name: str, context: Context, record: Record) -> None:
+    perception = Perception(context, 1)
+    _line("mel, 1 stream", name, perception.hear, 0, 0, context, record)
+    _line("encoder, 1 chunk", name, perception.encode, perception.weight_bytes, 0, context, record)
+
+
+def _line(
+    what: str,
+    name: str,
+    call: Callable[[], object],
+    moved: float,
+    operations: float,
+    context: Context,
+    record: Record,
+) -> None:
+    def forced() -> None:
+        with backend(name, context):
+            call()
+
+    note, timing = "", None
+    try:
+        timing = measure([forced], context.device)
+    except Exception as error:  # torch's attention synchronises: it cannot be captured
+        print(f"{what}, {name}: {type(error).__name__}: {error}")
+        note = "eager, with the host's time"
+        timing = measure([forced], context.device, graph=False)
+    record.line(what, name, timing, moved, operations, context.ceilings, note)
+
+
+def host_to_host(step: ListeningStep, context: Context) -> Timing:
+    """Wall time from samples in pinned host memory to the decision there."""
+    if context.device != "cuda":
+        return measure([step.run], context.device)
+    replay = capture([step.run])
+    pcm = torch.randn(step.perception.pcm.shape).mul_(0.1).pin_memory()
+    decision = torch.empty(step.out[1].shape, dtype=torch.int32).pin_memory()
+    seconds = []
+    for _ in range(300):
+        begin = time.perf_counter()
+        step.perception.pcm.copy_(pcm, non_blocking=True)
+        replay()
+        decision.copy_(step.out[1], non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        seconds.append(time.perf_counter() - begin)
+    return Timing(tuple(seconds[20:]))
