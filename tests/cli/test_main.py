@@ -24,7 +24,7 @@ def test_without_a_command_it_helps(run: Run) -> None:
     assert run("--help").stdout == result.stdout
 
 
-@pytest.mark.parametrize("command", ["listen", "doctor"])
+@pytest.mark.parametrize("command", ["listen", "doctor", "convert"])
 def test_every_help_has_examples(run: Run, command: str) -> None:
     result = run(command, "--help")
     assert result.exit_code == 0 and f"fastloop {command}" in result.stdout and "Examples" in result.stdout
