@@ -15,7 +15,7 @@ from .window import window_slack
 
 EDGES = ("reflect", "wait")
 MODES = ("online", "offline")
-RUNNERS = ("auto", "eager", "native")
+RUNNERS = ("auto", "eager", "native", "captured")
 PRECISIONS = ("auto", "float32", "bfloat16", "int8", "int4")
 
 
@@ -160,8 +160,9 @@ class EngineConfig:
     page_tokens: token slots in a page (Q).
     max_step_rows: rows of one ragged decoder step; a single longer item still runs, alone.
     max_perceive_chunks: chunks encoded in one step.
-    runner: "native" (compiled, CPU), "eager" (op by op), or "auto": native where it is built and the model
-        is on the CPU.
+    runner: "native" (compiled, CPU), "eager" (op by op), "captured" (graphs replayed from fixed buffers; on
+        the CPU a recording of them, for tests), or "auto": native where it is built and the model is on the
+        CPU, else eager.
     precision: of the weights, native only: "float32", "bfloat16", "int8", "int4"; "auto" keeps the
         checkpoint's. With int8, int4 and bfloat16 the KV pages are bfloat16.
     threads: of the native runner; None takes torch's number.
@@ -188,7 +189,7 @@ class EngineConfig:
         _choice(where, "precision", self.precision, PRECISIONS)
         if self.threads is not None:
             _range(where, "threads", self.threads, 1, 256, int)
-        if self.precision != "auto" and self.runner == "eager":
+        if self.precision != "auto" and self.runner in ("eager", "captured"):
             raise ConfigError(
-                f"{where}.precision: the eager runner keeps the checkpoint's; leave it at 'auto'"
+                f"{where}.precision: the {self.runner} runner keeps the checkpoint's; leave it at 'auto'"
             )

@@ -58,7 +58,8 @@ class Engine:
         self.cache = KVCache(
             model.config, self._pool_pages(), self.config.page_tokens, self._dtype, model.device
         )
-        self._decisions = DecisionState(self.config.max_sessions, model.device)
+        # One slot more than sessions: a captured step puts its padding there.
+        self._decisions = DecisionState(self.config.max_sessions + 1, model.device)
         self._mel = MelState.empty(self.config.max_sessions, device=model.device)
         self.runner = runner or make_runner(self.config, model, self.cache, self._decisions, self._mel)
         self._sessions: dict[int, Session] = {}

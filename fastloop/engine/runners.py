@@ -11,6 +11,7 @@ from ..mel import MelState
 from ..ops.dispatch import forced_backends
 from ..ops.native import PAGE_FORMATS, native, reason
 from ..options import EngineConfig
+from .captured_runner import CapturedRunner
 from .kv_cache import KVCache
 from .native_runner import NativeRunner, native_precision
 from .runner import EagerRunner, Runner
@@ -46,7 +47,9 @@ def kv_dtype(config: EngineConfig, model: Model) -> torch.dtype:
 def make_runner(
     config: EngineConfig, model: Model, cache: KVCache, decisions: DecisionState, mel: MelState
 ) -> Runner:
-    """The runner of an engine."""
+    """The runner of an engine. `decisions` has one slot more than there are sessions (CapturedRunner)."""
+    if config.runner == "captured":
+        return CapturedRunner(model, cache, decisions, mel)
     if not is_native(config, model):
         return EagerRunner(model, cache, decisions, mel)
     return NativeRunner(model, cache, decisions, mel, config.precision, config.threads)

@@ -96,6 +96,8 @@ class StepBuffers:
         start = 0
         for tokens in batch.audio:
             self.audio[start : start + len(tokens)].copy_(tokens, non_blocking=True)
+            if tokens.is_cuda:  # made on another stream: its memory stays until this copy is done
+                tokens.record_stream(torch.cuda.current_stream(tokens.device))
             start += len(tokens)
 
     def download(self) -> None:

@@ -133,6 +133,15 @@ def prepare(streams: Streams, name: str, work: Work) -> None:
     streams.launch(PERCEIVE, name, work, reads=["pages"], writes=["pages"])
 
 
+def capture(streams: Streams, work: Work) -> None:
+    """Run and capture a step on padding, behind everything queued so far; the host waits, once per graph."""
+    streams.record(PERCEIVE, "perceived")
+    streams.wait(DECODE, "perceived")
+    streams.launch(DECODE, "capture", work, reads=STATE, writes=STATE)
+    streams.record(DECODE, "captured")
+    streams.synchronize("captured")
+
+
 def submit(
     streams: Streams, turn: int, group: int, fill: Work, upload: Work, step: Work, download: Work
 ) -> None:

@@ -69,7 +69,8 @@ def test_equals_the_plain_loop(
 
 
 @pytest.mark.parametrize(
-    ("sessions", "seed", "runner"), [(1, 0, "auto"), (2, 1, "eager"), (33, 2, "auto"), (33, 3, "eager")]
+    ("sessions", "seed", "runner"),
+    [(1, 0, "auto"), (2, 1, "eager"), (33, 2, "auto"), (33, 3, "eager"), (16, 3, "captured")],
 )
 def test_sessions_with_random_starts_pushes_and_interrupts(
     model: Model, policy: DecisionPolicy, sessions: int, seed: int, runner: str
@@ -94,7 +95,7 @@ def test_sessions_with_random_starts_pushes_and_interrupts(
             push_samples=20 * 16_000 if queued else int(rng.integers(500, 16_000)),
         )
         scripts.append(script)
-    limits = EngineConfig(max_sessions=sessions, kv_pages=80 * sessions, runner=runner)
+    limits = EngineConfig(max_sessions=sessions, kv_pages=320 * sessions, page_tokens=16, runner=runner)
     engine = Engine(model, limits)
     results = run_engine(engine, scripts)
     for got, script in zip(results, scripts, strict=True):
