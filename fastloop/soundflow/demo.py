@@ -22,14 +22,14 @@ from .synth import Rng, Sound
 
 SECONDS = 30.0
 RAIN_DB = -46.0  # level of the bed, root mean square re full scale
-VOICE = voices.Voice("en-gb-x-rp+m7", 145, 45)
+VOICE = voices.Voice("en-gb-x-rp+m7", 150, 45)
 # (start s, generator of sounds.py or words to say, seconds, dB)
 SCRIPT = (
     (2.0, "clicks", 4.0, -36.0),
-    (8.0, "say:three", 0.0, -24.0),
-    (9.6, "say:five", 0.0, -24.0),
+    (8.0, "say:one", 0.0, -24.0),
+    (9.6, "say:six", 0.0, -24.0),
     (11.2, "say:eight", 0.0, -24.0),
-    (12.8, "say:one", 0.0, -24.0),
+    (12.8, "say:four", 0.0, -24.0),
     (15.6, "melody", 3.0, -34.0),
     (20.4, "glass_breaking", 1.2, -20.0),
     (24.4, "smoke_alarm", 4.8, -20.0),
