@@ -72,6 +72,7 @@ def _train(
         for line in skipped:
             typer.echo(f"  {line}", err=True)
     finished = trainer.run()
+    trainer.close()
     if main:
         state = "complete" if finished else "stopped; --resume goes on"
         typer.echo(f"step {trainer.step} of {stage.steps}, {state}: {out / MODEL}")

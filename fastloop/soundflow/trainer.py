@@ -271,6 +271,11 @@ class Trainer:
         self.step += 1
         return found.tolist()
 
+    def close(self) -> None:
+        """Leave the process group, if there is one: at the interpreter's end its threads would abort."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
     def save(self) -> None:
         """The state, then the model made from it; each is there whole or not at all."""
         part = self.out / f"{STATE}.part"
