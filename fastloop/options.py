@@ -16,6 +16,7 @@ from .window import window_slack
 EDGES = ("reflect", "wait")
 MODES = ("online", "offline")
 RUNNERS = ("auto", "eager", "native", "captured")
+ADMISSIONS = ("fifo", "deadline")
 PRECISIONS = ("auto", "float32", "bfloat16", "int8", "int4")
 
 
@@ -160,6 +161,8 @@ class EngineConfig:
     page_tokens: token slots in a page (Q).
     max_step_rows: rows of one ragged decoder step; a single longer item still runs, alone.
     max_perceive_chunks: chunks encoded in one step.
+    admission: who enters a step first: "fifo", or "deadline": earliest deadline first, with a floor rate for
+        responses (fastloop.engine.admission).
     runner: "native" (compiled, CPU), "eager" (op by op), "captured" (graphs replayed from fixed buffers; on
         the CPU a recording of them, for tests), or "auto": native where it is built and the model is on the
         CPU, else eager.
@@ -173,6 +176,7 @@ class EngineConfig:
     page_tokens: int = 64
     max_step_rows: int = 1024
     max_perceive_chunks: int = 64
+    admission: str = "fifo"
     runner: str = "auto"
     precision: str = "auto"
     threads: int | None = None
@@ -185,6 +189,7 @@ class EngineConfig:
         _range(where, "page_tokens", self.page_tokens, 1, 4096, int)
         _range(where, "max_step_rows", self.max_step_rows, 1, 2**20, int)
         _range(where, "max_perceive_chunks", self.max_perceive_chunks, 1, 2**20, int)
+        _choice(where, "admission", self.admission, ADMISSIONS)
         _choice(where, "runner", self.runner, RUNNERS)
         _choice(where, "precision", self.precision, PRECISIONS)
         if self.threads is not None:

@@ -215,13 +215,14 @@ def capture_tape(
 
 
 def capture_cuda(step: Callable[[], None], pool: Any) -> Graph:
-    """The CUDA graph of a step, from a pool that other graphs of the runner share.
+    """The CUDA graph of a step, captured on the current stream (not the default one). Graphs share the pool,
+    for they run one after another on that stream, and none keeps anything there.
 
     Other threads of the process may go on using the GPU while it is captured.
     """
     for _ in range(WARM_UPS):
         step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    with torch.cuda.graph(graph, pool=pool, stream=here, capture_error_mode="thread_local"):
         step()
     return graph

@@ -27,6 +27,7 @@ from ..mel import MelState
 from ..options import EngineConfig, SessionConfig
 from ..text import prefix_ids
 from . import perceive, scheduler, snapshot
+from .admission import ORDERS
 from .kv_cache import KVCache, KVSequence, pages_for
 from .memory import MemoryPlan, memory_plan, session_pages
 from .protocol import Stream
@@ -249,7 +250,9 @@ class Engine:
         return self._sequences.step(items, max_steps)
 
     def _decode(self) -> int:
-        items = scheduler.plan(self._streams(), self.config.max_step_rows)
+        last = self.counters.step_seconds[-1] if self.counters.step_seconds else 0.0
+        order = ORDERS[self.config.admission]
+        items = scheduler.plan(self._streams(), self.config.max_step_rows, order, time.monotonic(), last)
         if not items:
             return 0
         try:

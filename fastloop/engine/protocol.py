@@ -14,6 +14,7 @@ lock; what other threads do (push, cancel, poll) goes through the inbox and the 
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ from ..events import Failed, Stalled
 from ..options import SessionConfig
 from ..text import FIRST, LATER, TextStream, listening_ids, offline_ids
 from ..window import units_to_drop, window_slack
+from .admission import Waiting, chunk_due, token_due
 from .inbox import LOOKAHEAD_SAMPLES, Inbox
 from .kv_cache import KVSequence
 from .outbox import Outbox
@@ -100,6 +102,8 @@ class Stream:
         self.epoch = 0  # the outbox's epoch the state machine has seen
         self.text: TextStream | None = None
         self.spoken = 0  # tokens of the response so far
+        self.token_at = 0.0  # monotonic seconds at which the response began or got its last token
+        self.freed = 0.0  # monotonic seconds at which the last response ended
         self.clip_complete = False  # offline: flush was called
         self.clip: Tensor | None = None  # offline: the clip's tokens [n, D] until they are in the cache
         self.stalled = False
@@ -153,14 +157,18 @@ class Stream:
         self.heard += 1
 
     @property
-    def ready_since(self) -> float | None:
-        """When the work that can be done now became due (monotonic seconds), or None: nothing to do."""
+    def waiting(self) -> Waiting | None:
+        """Since when there is work that can be done now, and when it is due; None: there is none."""
         if self.outbox.closed or self.blocked:
             return None
         self.follow_cancel()
+        since = self.perceived[0].arrived if self.perceived else 0.0
         if self.phase == RESPONDING:
-            return 0.0 if not self.perceived else self.perceived[0].arrived
-        return self.perceived[0].arrived if self.perceived else None
+            return Waiting(self.id, since, self.token_at, token_due(self.token_at), speaks=True)
+        if not self.perceived:
+            return None
+        due = chunk_due(since, self.freed, self.model.config.chunk_seconds)
+        return Waiting(self.id, since, max(since, self.freed), due)
 
     def follow_cancel(self) -> None:
         """A cancel happened between steps: close the response in the token protocol."""
@@ -260,11 +268,13 @@ class Stream:
         self.epoch = self.outbox.epoch
         self.text = TextStream(self.model.tokenizer)
         self.spoken = 0
+        self.token_at = time.monotonic()
 
     def _finish_response(self) -> None:
         self.phase = DONE if self.config.mode == "offline" else LISTENING
         self.epoch = self.outbox.epoch
         self.text = None
+        self.freed = time.monotonic()
 
     @property
     def text_phase(self) -> int:
@@ -283,6 +293,7 @@ class Stream:
         text_end = self.model.config.tokens.text_end
         self.pending = [token]
         self.spoken += 1
+        self.token_at = time.monotonic()
         alive = self._deliver(item.epoch, token)
         if alive and token != text_end and self.spoken >= self.config.max_response_tokens:
             assert self.text is not None

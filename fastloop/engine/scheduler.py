@@ -1,8 +1,8 @@
 """Which sessions go into a step, the ragged batch they make, and the way back of its results.
 
-FIFO over sessions: whoever has waited longest comes first, until the step is full. Listening sessions
-(13 rows a chunk) and responding ones (1 row) share one pass of the decoder; sessions never wait for each
-other's ticks.
+Sessions enter in the order of the admission policy (fastloop.engine.admission), until the step is full.
+Listening sessions (13 rows a chunk) and responding ones (1 row) share one pass of the decoder; sessions never
+wait for each other's ticks.
 """
 
 from __future__ import annotations
@@ -12,18 +12,30 @@ from itertools import accumulate
 
 import numpy as np
 
+from .admission import Order, fifo
 from .protocol import Chunk, Item, Stream
 from .runner import StepBatch, StepResult
 
 
-def plan(streams: Iterable[Stream], max_rows: int) -> list[Item]:
-    """The items of the next step, longest wait first; their KV slots are taken."""
-    ready = [(since, s.id, s) for s in streams if (since := s.ready_since) is not None]
+def plan(
+    streams: Iterable[Stream],
+    max_rows: int,
+    order: Order = fifo,
+    now: float = 0.0,
+    step_seconds: float = 0.0,
+) -> list[Item]:
+    """The items of the next step, in the policy's order; their KV slots are taken.
+
+    now: when the step begins, monotonic seconds; step_seconds: what it takes about.
+    """
+    by_id = {stream.id: stream for stream in streams}
+    waiting = [w for stream in by_id.values() if (w := stream.waiting) is not None]
     items: list[Item] = []
     budget = max_rows
-    for _, _, stream in sorted(ready, key=lambda entry: entry[:2]):
+    for entry in order(waiting, now, step_seconds):
         if budget <= 0:
             break
+        stream = by_id[entry.key]
         item = stream.plan(budget)
         if item is None:
             continue

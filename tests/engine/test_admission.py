@@ -8,6 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastloop.checkpoint import Model
+from fastloop.config import ConfigError
+from fastloop.engine import Engine
 from fastloop.engine.admission import (
     COHORT_ROWS,
     COHORT_S,
@@ -21,6 +24,9 @@ from fastloop.engine.admission import (
     take,
     token_due,
 )
+from fastloop.options import ADMISSIONS, DecisionPolicy, EngineConfig, SessionConfig
+from fastloop.testing.cases import random_model, random_sound
+from fastloop.testing.drive import Script, comparable, expected, lively_policy, run_engine
 
 times = st.floats(0, 100)
 
@@ -99,3 +105,48 @@ def test_a_backlog_does_not_overtake() -> None:
     backlog = Waiting(key=1, since=7.0, ready=10.0, due=chunk_due(7.0, 10.0, 0.4), rows=104)
     assert deadline([backlog, fresh], 10.0, 0.01) == [fresh, backlog]
     assert fifo([backlog, fresh], 10.0, 0.01) == [backlog, fresh]
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return random_model(seed=3)
+
+
+def test_policies_of_options_and_of_the_engine_are_the_same() -> None:
+    assert set(ORDERS) == set(ADMISSIONS)
+    with pytest.raises(ConfigError, match=r"EngineConfig\.admission: choose from"):
+        EngineConfig(admission="lifo")
+
+
+@pytest.mark.parametrize(("admission", "first"), [("fifo", "answered"), ("deadline", "silent")])
+def test_engine_admits_by_its_policy(model: Model, admission: str, first: str) -> None:
+    """One chunk a step. One session has a backlog from its response, the other a fresh chunk."""
+    engine = Engine(model, EngineConfig(max_step_rows=13, admission=admission))
+    answered = engine.open(SessionConfig(policy=DecisionPolicy(0.0, min_gap_s=60), speculative_chunks=1))
+    silent = engine.open(SessionConfig(policy=DecisionPolicy(1.0)))
+    answered.push(random_sound(1.2, seed=1))
+    engine.step()
+    assert answered.responding and answered.queued_seconds == pytest.approx(0.8)
+    silent.push(random_sound(0.4, seed=2))
+    assert answered.cancel()
+    engine.step()
+    assert (silent.t, answered.t) == ((0.0, 0.8) if first == "answered" else (0.4, 0.4))
+    engine.run_until_idle()
+    assert (silent.t, answered.t) == pytest.approx((0.4, 1.2))
+
+
+@pytest.mark.parametrize("rows", [13, 1024])
+def test_by_deadline_sessions_say_what_the_plain_loop_says(model: Model, rows: int) -> None:
+    policy = lively_policy(model)
+    scripts = [
+        Script(
+            SessionConfig(policy=policy, seed=i, max_response_tokens=8),
+            random_sound(2.4, seed=i),
+            start_step=i,
+            push_samples=5000 + 3000 * i,
+        )
+        for i in range(5)
+    ]
+    engine = Engine(model, EngineConfig(max_step_rows=rows, admission="deadline"))
+    for got, script in zip(run_engine(engine, scripts), scripts, strict=True):
+        assert comparable(got) == comparable(expected(model, script))
