@@ -26,7 +26,6 @@ from ..text import Tokenizer, listening_ids, prefix_ids
 from .shards import Turn
 
 IGNORED = -100  # label of what is not learned
-HEARD_S = 0.25  # so much of an event must have been heard before it is answered
 EARLY, LATE = 0.1, 0.15  # chances that the history of a training sequence answers a chunk too soon, too late
 
 
@@ -53,12 +52,6 @@ class TokenSequence:
     ids: Tensor
     labels: Tensor
     audio: Tensor
-
-
-def answer_chunk(start_s: float, end_s: float, chunk_s: float) -> int:
-    """The first chunk at whose end HEARD_S of the event (or all of it) was heard; times in seconds."""
-    due = start_s + min(HEARD_S, end_s - start_s)
-    return max(0, math.ceil(due / chunk_s - 1e-9) - 1)
 
 
 def plan(answers: Mapping[int, Reply], chunks: int, rng: np.random.Generator | None = None) -> list[Step]:

@@ -2,8 +2,8 @@
 
 Every generator returns float32 [S] at 16 kHz with a peak of at most 1 and draws all its parameters
 (pitch, timbre, rhythm) from the given `numpy.random.Generator`: the same generator state gives the same
-bytes. Sounds to ignore are in ambience.py; levels, mixing and event times in scenes.py. The recipes are
-textbook ones: additive and modal synthesis, filtered noise, source-filter vowels (Smith, "Spectral Audio
+bytes. Sounds to ignore are in ambience.py, rooms and levels in scenes.py, mixing in compose.py. The
+recipes are textbook ones: additive and modal synthesis, filtered noise, source-filter vowels (Smith, "Spectral Audio
 Signal Processing").
 """
 
@@ -114,17 +114,6 @@ def pulses(rng: Rng, seconds: float) -> Sound:
     return _gated(y, np.arange(n) / SAMPLE_RATE % period < period * rng.uniform(0.4, 0.7))
 
 
-def alarm(rng: Rng, seconds: float) -> Sound:
-    """A smoke alarm, a two-tone alarm, a fast pulse train or a sweeping siren, going on for `seconds`."""
-    kinds: dict[str, Generator] = {
-        "smoke": smoke_alarm,
-        "two_tone": two_tone,
-        "pulse": pulses,
-        "siren": siren,
-    }
-    return kinds[str(rng.choice(list(kinds), p=[0.3, 0.2, 0.2, 0.3]))](rng, seconds)
-
-
 _BELL_PARTIALS = np.array([0.5, 1.0, 1.19, 1.5, 2.0, 2.51, 2.66, 3.01, 4.1, 5.2])
 
 
@@ -140,12 +129,6 @@ def _strike(rng: Rng, pitch: float, decay: float, count: int) -> np.ndarray:
     attack = min(count, samples(0.002))
     y[:attack] *= np.linspace(0, 1, attack)
     return y
-
-
-def bell(rng: Rng, seconds: float) -> Sound:
-    """A single stroke, a ding-dong, a few strokes, or the ringing of an old telephone; cut at `seconds`."""
-    kind = rng.choice(["one", "ding_dong", "strokes", "ringing"], p=[0.25, 0.4, 0.2, 0.15])
-    return bell_of(rng, seconds, str(kind))
 
 
 def bell_of(rng: Rng, seconds: float, kind: str) -> Sound:
@@ -187,6 +170,3 @@ def beep(rng: Rng, seconds: float) -> Sound:
         first = round(i * (on + gap) * SAMPLE_RATE)
         y[first : first + len(pulse)] += pulse[: len(y) - first]
     return normalise(y)
-
-
-ANSWER: dict[str, Generator] = {"alarm": alarm, "bell": bell, "beep": beep}

@@ -1,4 +1,4 @@
-"""A small byte-level BPE with the control tokens on top; the first model's replies and system prompts."""
+"""A small byte-level BPE, made for what a model is to say, with the control tokens on top."""
 
 from __future__ import annotations
 
@@ -10,24 +10,7 @@ from tokenizers import Tokenizer as HFTokenizer
 
 from ..config import TokenIds
 from ..text import Tokenizer
-from .sequence import Reply
 
-REPLIES = {
-    "alarm": Reply("An alarm is sounding!", "urgent"),
-    "bell": Reply("A bell rings.", "happy"),
-    "beep": Reply("A beep.", "normal"),
-}
-SYSTEM_PROMPT = "Listen. Say what alarms, rings or beeps."
-# Other prompts a user may give: the model answers as trained whatever they say, and must not trip over them.
-OTHER_PROMPTS = (
-    "",
-    "You are a helpful assistant.",
-    "Listen to the sound and tell me when help is needed.",
-    "You are a helpful assistant. When there is no user text, if the audio contains a question, please "
-    "answer it. If it is a sound effect, determine based on the sound whether help is needed.",
-    "Warn me! 0123456789",
-    "Stay silent through noise, rain, typing and voices; answer alarms, bells and beeps at once.",
-)
 EMOTIONS = ("happy", "sad", "angry", "surprise", "normal", "urgent")
 
 
@@ -49,11 +32,6 @@ def build_tokenizer(texts: Iterable[str], vocab: int) -> Tokenizer:
     inner.train_from_iterator(texts, trainer)
     inner.add_special_tokens([AddedToken(f"<|{name}|>", special=True) for name in control_names()])
     return Tokenizer(inner)
-
-
-def tokenizer() -> Tokenizer:
-    """The first model's."""
-    return build_tokenizer([*(r.text for r in REPLIES.values()), SYSTEM_PROMPT, *OTHER_PROMPTS] * 4, 480)
 
 
 def token_ids(words: Tokenizer) -> TokenIds:

@@ -10,8 +10,10 @@ from typing import Any
 
 import soundfile
 
-from ..config import SAMPLE_RATE
+from ..config import SAMPLE_RATE, ModelConfig
 from ..soundflow.shards import SILENCE
+from ..soundflow.stage import read_stage
+from ..text import Tokenizer
 from .cases import random_sound
 
 
@@ -57,3 +59,10 @@ def two_streams(directory: Path, split: str = "train") -> Path:
         for seed, (name, seconds) in enumerate(lengths.items())
     ]
     return write_shard(directory / f"{split}-0.tar", samples)
+
+
+def nano() -> tuple[ModelConfig, Tokenizer]:
+    """The packaged model's dims, and a tokenizer for a few replies."""
+    model = read_stage("nano").model
+    assert model is not None
+    return model.build(["An alarm is sounding!", "A siren!", "Yes.", "0 1 2 3 4 5 6 7 8 9"])

@@ -23,13 +23,12 @@ from fastloop.soundflow import corpus, voices
 from fastloop.soundflow.builder import build
 from fastloop.soundflow.clips import DataError
 from fastloop.soundflow.corpus import token_sequence, write_shard
-from fastloop.soundflow.first_model import first_config
 from fastloop.soundflow.sequence import IGNORED
 from fastloop.soundflow.shards import ShardError, find_shards, read_streams
 from fastloop.soundflow.sounds import Library
 from fastloop.soundflow.streams import default_mix, stream
-from fastloop.soundflow.vocabulary import tokenizer
 from fastloop.soundflow.workshop import STRIDE, BuildConfig, Workshop
+from fastloop.testing.streams import nano
 from fastloop.text import Tokenizer
 
 
@@ -240,12 +239,12 @@ def test_ray_makes_the_same_bytes(config: BuildConfig, tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def words() -> Tokenizer:
-    return tokenizer()
+    return nano()[1]
 
 
 @pytest.fixture(scope="module")
-def model(words: Tokenizer) -> ModelConfig:
-    return first_config(words)
+def model() -> ModelConfig:
+    return nano()[0]
 
 
 def test_a_record_becomes_the_protocol(words: Tokenizer, model: ModelConfig) -> None:

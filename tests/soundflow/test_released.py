@@ -14,7 +14,6 @@ import soundfile
 from fastloop.config import PUBLISHED_TOKENS, ModelConfig
 from fastloop.soundflow.clips import DataError
 from fastloop.soundflow.conversations import compose_online, import_online
-from fastloop.soundflow.first_model import first_config
 from fastloop.soundflow.released import (
     OfflineSample,
     OnlineTurn,
@@ -25,7 +24,7 @@ from fastloop.soundflow.released import (
 )
 from fastloop.soundflow.sequence import IGNORED, Reply
 from fastloop.soundflow.shards import find_shards, parse_stream, read_streams
-from fastloop.soundflow.vocabulary import tokenizer
+from fastloop.testing.streams import nano
 from fastloop.text import Tokenizer
 
 
@@ -144,12 +143,12 @@ def test_an_offline_line_needs_a_question_and_an_answer(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def words() -> Tokenizer:
-    return tokenizer()
+    return nano()[1]
 
 
 @pytest.fixture(scope="module")
-def model(words: Tokenizer) -> ModelConfig:
-    return first_config(words)
+def model() -> ModelConfig:
+    return nano()[0]
 
 
 @pytest.mark.parametrize("audio", [True, False])
