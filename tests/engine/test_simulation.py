@@ -18,7 +18,7 @@ BRIEF_S = 3.0  # of sound
 
 @pytest.fixture(scope="module")
 def overload() -> dict[str, Report]:
-    load = Load(int(1.2 * CAPACITY), BRIEF_S)
+    load = Load(int(1.2 * CAPACITY), 2.0)
     return {policy: simulate(load, Device(policy)) for policy in ("fifo", "deadline")}
 
 
