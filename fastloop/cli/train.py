@@ -58,7 +58,7 @@ def _train(
 
     from ..soundflow.shards import find_shards
     from ..soundflow.stage import read_stage
-    from ..soundflow.trainer import MODEL, Trainer
+    from ..soundflow.train import MODEL, Trainer
 
     torch.set_num_threads(threads or os.cpu_count() or 1)
     stage = read_stage(name)

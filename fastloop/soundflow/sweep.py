@@ -28,7 +28,7 @@ from .hear import Hearing, hear
 from .scorecard import write_json
 from .shards import find_shards
 from .stage import Stage, read_stage, stage_from
-from .trainer import MODEL, STATE, Trainer
+from .train import MODEL, STATE, Trainer
 from .truth import Pair, read_truth
 
 SHOWN = ("f1", "sound_f1", "digits_f1", "word_error_rate", "false_triggers_per_hour", "silent_clips_right")

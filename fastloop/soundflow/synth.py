@@ -3,8 +3,8 @@
 Every generator returns float32 [S] at 16 kHz with a peak of at most 1 and draws all its parameters
 (pitch, timbre, rhythm) from the given `numpy.random.Generator`: the same generator state gives the same
 bytes. Sounds to ignore are in ambience.py, rooms and levels in scenes.py, mixing in compose.py. The
-recipes are textbook ones: additive and modal synthesis, filtered noise, source-filter vowels (Smith, "Spectral Audio
-Signal Processing").
+recipes are textbook ones: additive and modal synthesis, filtered noise, source-filter vowels (Smith,
+"Spectral Audio Signal Processing").
 """
 
 from __future__ import annotations

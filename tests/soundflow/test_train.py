@@ -24,7 +24,7 @@ from fastloop.soundflow.batches import BatchPlan
 from fastloop.soundflow.objective import Weighting
 from fastloop.soundflow.report import read_log
 from fastloop.soundflow.stage import NewModel, Stage, read_stage, stage_from, stage_names
-from fastloop.soundflow.trainer import LOG, MODEL, PLOT, STATE, Trainer, TrainError
+from fastloop.soundflow.train import LOG, MODEL, PLOT, STATE, Trainer, TrainError
 from fastloop.testing.streams import two_streams
 from fastloop.testing.tolerance import relative_error
 
