@@ -93,7 +93,5 @@ def test_a_section_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.Mon
     chosen = module.argparse.Namespace(out=tmp_path, dry_run=False)
     found = module.section("ops", 3.0, chosen, parts)
     assert found["status"] == "stopped after 3 s" and found["values"] == {"half": 1}
-    assert found["seconds"] < 60
-    assert module.problems({"sections": {"ops": found}}) == [
-        "ops: stopped after 3 s; its log is in gpu_check.json"
-    ]
+    (problem,) = module.problems({"sections": {"ops": found}})
+    assert problem == "ops: stopped after 3 s; its log is in gpu_check.json"

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from ..config import MEL_BINS, published_3b
 from ..ops.mel import COLUMNS, TAIL_SAMPLES
+from ..quantise import Quantised
 from .block_attention import block_attention_triton
 from .conv_stem import conv_stem_triton
 from .decide import decide_triton
 from .layer_norm import layer_norm_triton
-from .linear import linear_quantized_triton, linear_triton
+from .linear import linear_quantised_triton, linear_triton
 from .mel import mel_triton
 from .paged_attention import paged_attention_triton
 from .rms_norm import rms_norm_triton
@@ -56,7 +57,7 @@ def _linear(
     weight: torch.dtype = BF16,
     dtype: torch.dtype = BF16,
 ) -> None:
-    """weight: BF16 or F32 as `dtype`, or a quantised one (uint8: int4 in groups of 64)."""
+    """weight: BF16 or F32 as `dtype`, or a quantised one (uint8: int4 in groups of 32)."""
     made = width_out // 2 if epilogue == "silu_gate" else width_out
     optional = {
         "bias": _empty(width_out, dtype=dtype) if bias else None,
@@ -66,10 +67,10 @@ def _linear(
     if weight == dtype:
         linear_triton(x, _empty(width_out, width_in, dtype=dtype), epilogue=epilogue, **optional)
         return
-    packed = weight == torch.uint8
-    stored = _empty(width_out, width_in // 2 if packed else width_in, dtype=weight)
-    scale = _empty(width_out, width_in // 64, dtype=F32) if packed else _empty(width_out, dtype=F32)
-    linear_quantized_triton(x, stored, scale, epilogue=epilogue, **optional)
+    group = 32 if weight == torch.uint8 else 0
+    values = _empty(width_out, width_in // 2 if group else width_in, dtype=weight)
+    scale = _empty(width_out, width_in // group) if group else _empty(width_out, dtype=F32)
+    linear_quantised_triton(x, Quantised(values, scale, group), epilogue=epilogue, **optional)
 
 
 H, G, K = MODEL.decoder.heads, MODEL.decoder.kv_heads, MODEL.decoder.head_width
@@ -156,6 +157,7 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
         "fp8 down": lambda: _linear(13, FFN, D, residual=True, weight=torch.float8_e4m3fn),
         "int4 down": lambda: _linear(1, FFN, D, residual=True, weight=torch.uint8),
         "int4 gate_up": lambda: _linear(1, D, 2 * FFN, "silu_gate", weight=torch.uint8),
+        "int4 gate_up, 64 rows": lambda: _linear(64, D, 2 * FFN, "silu_gate", weight=torch.uint8),
     },
     "rope_append": {
         "a listening step": lambda: _rope_append(13),

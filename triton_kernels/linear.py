@@ -11,10 +11,10 @@ is in flight once, several stages deep, and the multiply hides behind it. Few ou
 idle: then the depth is split, partial sums go through L2 in float32, and a second kernel adds them in a fixed
 order, so that a result does not depend on which block came last and no counter is shared between streams.
 
-Quantised weights (`linear_quantized_triton`), symmetric, scales float32:
-    int8, float8_e4m3fn   weight [O, D], scale [O]
-    int4                  weight uint8 [O, D / 2], scale [O, D / group], group 32 or 64; of each 64 inputs
-                          byte j holds input j in its low bits, input j + 32 in its high bits, each plus 8
+Quantised weights (`linear_quantised_triton`, fastloop.quantise): the integers are widened to x's dtype as
+they are read. int8 and float8_e4m3fn have a scale for each channel, which the epilogue applies. int4 has one
+for each channel and group of inputs; the low and the high bits of its bytes are two products, with the even
+and the odd inputs, so no weight changes its place.
 """
 
 from __future__ import annotations
@@ -26,14 +26,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.contract import check_dims
-from ..ops.linear import EPILOGUES
 from ..ops.linear import _check as check_linear
+from ..quantise import GROUPS, Quantised
 from .device import begin, dot, gelu, narrow, silu
 from .launch import accept, launch, processors, rows_apart
 from .tuning import choose
 
-PACK = tl.constexpr(32)  # int4: inputs j and j + 32 share a byte
 OUT_GROUP = tl.constexpr(8)  # neighbouring programs share x tiles of so many output tiles
 LEAST_STEPS = 4  # of a split: below that, filling the pipeline takes longer than what it streams
 
@@ -43,26 +41,44 @@ def _tile(
     weight, scale, channel, mask, column, inside, depth, X: tl.constexpr,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, BLOCK_OUT: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Rows `channel` of the weights at `column`, in x's dtype: (tile, its high nibbles) for int4, else twice
-    the same.
-    """
-    place = weight + channel.to(tl.int64)[:, None] * depth + column[None, :]
+    """Rows `channel` of the weights at `column`, in x's dtype. int4: (even, odd inputs), else two equal."""
     other = 0.0 if weight.dtype.element_ty.is_floating() else 0
+    place = weight + channel.to(tl.int64)[:, None] * depth + column[None, :]
     raw = tl.load(place, mask=mask[:, None] & inside[None, :], other=other, eviction_policy="evict_first")
     if FORMAT == "int4":
-        BLOCKS: tl.constexpr = COLUMNS // PACK
-        per_block: tl.constexpr = 2 * PACK // GROUP
-        block = tl.min(column, 0) // PACK + tl.arange(0, BLOCKS)
-        place = scale + channel[:, None] * (depth // PACK * per_block) + block[None, :] * per_block
-        valid = mask[:, None] & (block < depth // PACK)[None, :]
-        low_scale = tl.load(place, mask=valid, other=0.0)
-        high_scale = tl.load(place + (per_block - 1), mask=valid, other=0.0)
-        low = tl.reshape((raw & 15).to(tl.float32) - 8.0, (BLOCK_OUT, BLOCKS, PACK)) * low_scale[:, :, None]
-        high = tl.reshape((raw >> 4).to(tl.float32) - 8.0, (BLOCK_OUT, BLOCKS, PACK)) * high_scale[:, :, None]
+        BYTES: tl.constexpr = GROUP // 2  # of a group
+        GROUPS: tl.constexpr = COLUMNS // BYTES
+        group = tl.min(column, 0) // BYTES + tl.arange(0, GROUPS)
+        place = scale + channel[:, None] * (depth // BYTES) + group[None, :]
+        valid = mask[:, None] & (group < depth // BYTES)[None, :]
+        factor = tl.load(place, mask=valid, other=0.0).to(tl.float32)[:, :, None]
+        low = tl.reshape((raw & 15).to(tl.float32) - 8.0, (BLOCK_OUT, GROUPS, BYTES)) * factor
+        high = tl.reshape((raw >> 4).to(tl.float32) - 8.0, (BLOCK_OUT, GROUPS, BYTES)) * factor
         first = narrow(tl.reshape(low, (BLOCK_OUT, COLUMNS)), X)
         second = narrow(tl.reshape(high, (BLOCK_OUT, COLUMNS)), X)
     else:
         first = raw.to(X)
+        second = first
+    return first, second
+
+
+@triton.jit
+def _inputs(
+    x, row, there, column, inside, x_stride, FORMAT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """x at the inputs of the weights' columns, [inputs, rows]. int4: (even, odd), else two equal."""
+    if FORMAT == "int4":
+        d = 2 * tl.min(column, 0) + tl.arange(0, 2 * COLUMNS)
+        both = there[:, None] & (d < 2 * (tl.max(tl.where(inside, column, -1), 0) + 1))[None, :]
+        place = x + row.to(tl.int64)[:, None] * x_stride + d[None, :]
+        pairs = tl.load(place, mask=both, other=0.0, eviction_policy="evict_last")
+        even, odd = tl.split(tl.reshape(pairs, (BLOCK_ROWS, COLUMNS, 2)))
+        first, second = tl.trans(even), tl.trans(odd)
+    else:
+        place = x + row.to(tl.int64)[None, :] * x_stride + column[:, None]
+        both = inside[:, None] & there[None, :]
+        first = tl.load(place, mask=both, other=0.0, eviction_policy="evict_last")
         second = first
     return first, second
 
@@ -118,7 +134,6 @@ def _linear(
     channel = out_tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     mask, there = channel < width, row < rows
-    x_rows = x + row.to(tl.int64)[None, :] * x_stride
 
     acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
     up = acc
@@ -127,22 +142,19 @@ def _linear(
     for begin_column in range(split * steps * COLUMNS, last, COLUMNS):
         column = begin_column + tl.arange(0, COLUMNS)
         inside = column < depth
-        d = column // PACK * (2 * PACK) + column % PACK if FORMAT == "int4" else column
-        both = inside[:, None] & there[None, :]
-        x_tile = tl.load(x_rows + d[:, None], mask=both, other=0.0, eviction_policy="evict_last")
+        x_low, x_high = _inputs(x, row, there, column, inside, x_stride, FORMAT, BLOCK_ROWS, COLUMNS)
         low, high = _tile(
             weight, scale, channel, mask, column, inside, depth, X, FORMAT, GROUP, BLOCK_OUT, COLUMNS
         )  # fmt: skip
-        acc = dot(low, x_tile, acc)
+        acc = dot(low, x_low, acc)
         if FORMAT == "int4":
-            x_high = tl.load(x_rows + (d + PACK)[:, None], mask=both, other=0.0, eviction_policy="evict_last")
             acc = dot(high, x_high, acc)
         if GATE:
             low, high = _tile(
                 weight, scale, width + channel, mask, column, inside, depth, X, FORMAT, GROUP, BLOCK_OUT,
                 COLUMNS,
             )  # fmt: skip
-            up = dot(low, x_tile, up)
+            up = dot(low, x_low, up)
             if FORMAT == "int4":
                 up = dot(high, x_high, up)
 
@@ -253,61 +265,32 @@ def linear_triton(
     return run_linear(x, weight, None, bias, epilogue, residual)
 
 
-def linear_quantized_triton(
+def linear_quantised_triton(
     x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
+    weight: Quantised,
     bias: Tensor | None = None,
     epilogue: str = "none",
     residual: Tensor | None = None,
 ) -> Tensor:
-    """`linear_triton` with weights in int8, float8_e4m3fn or int4 (two in a byte); see the file's head.
+    """`linear_triton` with weights in int8 or float8_e4m3fn (a scale per channel) or int4 (and group).
 
-    x [N, D], weight [O, D] or uint8 [O, D / 2], scale float32 [O] or [O, D / group] -> y [N, O'] in x's
-    dtype.
-    The weights are widened to x's dtype as they are read; rows are not quantised.
+    x [N, D], weight of [O, D], bias [O], residual [N, O'] -> y [N, O'] in x's dtype; x is not quantised.
     """
-    packed = weight.dtype == torch.uint8
-    sizes = check_dims("linear", x=(x, "N D"), weight=(weight, "O W"))
-    depth, stored = sizes["D"], sizes["W"] * (2 if packed else 1)
-    if stored != depth:
+    values, scale, group = weight.values, weight.scale, weight.group
+    kinds = (torch.uint8,) if group else (torch.int8, torch.float8_e4m3fn)
+    if values.dtype not in kinds:
+        raise TypeError(f"linear: quantised weights with group {group} are {kinds}, got {values.dtype}")
+    columns = (weight.shape[1] // group,) if group else ()
+    if group not in (0, *GROUPS) or weight.shape[1] % max(group, 1) or scale.shape != (len(values), *columns):
         raise ValueError(
-            f"linear: weight {tuple(weight.shape)} {weight.dtype} holds {stored} inputs, x has {depth}"
+            f"linear: scale {tuple(scale.shape)} does not fit weights of {weight.shape} in groups of {group} "
+            f"(choose from {GROUPS}, or 0 for the whole channel)"
         )
-    if not packed and weight.dtype not in (torch.int8, torch.float8_e4m3fn):
-        raise TypeError(f"linear: quantised weights are int8, float8_e4m3fn or uint8, got {weight.dtype}")
-    if epilogue not in EPILOGUES or (epilogue == "silu_gate" and sizes["O"] % 2):
-        raise ValueError(f"linear: epilogue {epilogue!r} does not fit {sizes['O']} weight rows")
-    group = 1
-    if packed:
-        groups = check_dims("linear", weight=(weight, "O W"), scale=(scale, "O J"))["J"]
-        group = depth // max(groups, 1)
-        if depth % 64 or group not in (32, 64) or groups * group != depth:
-            raise ValueError(
-                f"linear: int4 takes groups of 32 or 64 inputs and a multiple of 64 inputs, got {depth} "
-                f"inputs with scale {tuple(scale.shape)}"
-            )
-    else:
-        check_dims("linear", weight=(weight, "O W"), scale=(scale, "O"))
-    if scale.dtype != torch.float32:
-        raise TypeError(f"linear: scale must be torch.float32, got {scale.dtype}")
+    ghost = torch.empty(weight.shape, dtype=x.dtype, device="meta")  # what the weights stand for
+    check_linear(x, ghost, bias, epilogue, residual)
     accept("linear", x=x, scale=scale, bias=bias, residual=residual)
-    return run_linear(x, weight, scale, bias, epilogue, residual, "int4" if packed else "scaled", group)
-
-
-def pack_int4(weight: Tensor, group: int = 64) -> tuple[Tensor, Tensor]:
-    """weight [O, D] -> (uint8 [O, D / 2], scale float32 [O, D / group]): to nearest, symmetric, -7..7."""
-    out, depth = weight.shape
-    grouped = weight.float().view(out, depth // group, group)
-    scale = (grouped.abs().amax(-1) / 7).clamp(min=torch.finfo(torch.float32).tiny)
-    levels = (grouped / scale[..., None]).round().to(torch.int8).view(out, depth // 64, 2, 32) + 8
-    low, high = levels.to(torch.uint8).unbind(2)
-    return (low | (high << 4)).reshape(out, depth // 2), scale
-
-
-def quantize_channels(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """weight [O, D] -> (int8 or float8_e4m3fn [O, D], scale float32 [O]): symmetric, per channel."""
-    top = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
-    scale = (weight.float().abs().amax(1) / top).clamp(min=torch.finfo(torch.float32).tiny)
-    levels = weight.float() / scale[:, None]
-    return (levels.round() if dtype == torch.int8 else levels).to(dtype), scale
+    if values.device != x.device:
+        raise ValueError(f"linear: weight is on {values.device}, x on {x.device}; move one of them")
+    return run_linear(
+        x, values, scale, bias, epilogue, residual, "int4" if group else "scaled", max(group, 1)
+    )

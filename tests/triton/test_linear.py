@@ -8,17 +8,12 @@ import pytest
 import torch
 
 from fastloop.ops.linear import EPILOGUES, linear_ref
+from fastloop.quantise import Quantised, quantise_int4, quantise_int8
 from fastloop.testing.implementations import Implementation
 from fastloop.testing.op_cases import Case, linear_case
 from fastloop.testing.tolerance import error_bound, relative_error
 from fastloop.triton_kernels.launch import record_launches
-from fastloop.triton_kernels.linear import (
-    depth_splits,
-    linear_quantized_triton,
-    linear_triton,
-    pack_int4,
-    quantize_channels,
-)
+from fastloop.triton_kernels.linear import depth_splits, linear_quantised_triton, linear_triton
 
 Check = Callable[[str, Case], None]
 
@@ -82,53 +77,60 @@ def test_strided_rows(device: str) -> None:
     assert torch.equal(run(**case.arguments | {"x": wide[:, 20:84]}), run(**case.arguments))
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 @pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_channel_scales(device: str, dtype: torch.dtype, epilogue: str) -> None:
+def test_int8_channels(device: str, epilogue: str) -> None:
     """Equal to the definition on the weights that the quantised ones stand for."""
     case = linear_case(generator(5), rows=13, width_in=1100, width_out=66, bias=True, epilogue=epilogue)
-    stored, scale = quantize_channels(case.arguments["weight"], dtype)
-    _check_quantized(device, case, stored, scale, stored.double() * scale.double()[:, None])
+    _check_quantised(device, case, Quantised(*quantise_int8(case.arguments["weight"])))
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+def test_float8_channels(device: str, epilogue: str) -> None:
+    case = linear_case(generator(5), rows=13, width_in=200, width_out=66, bias=True, epilogue=epilogue)
+    scale = case.arguments["weight"].abs().amax(1) / torch.finfo(torch.float8_e4m3fn).max
+    stored = (case.arguments["weight"] / scale[:, None]).to(torch.float8_e4m3fn)
+    _check_quantised(device, case, Quantised(stored, scale))
 
 
 @pytest.mark.parametrize("group", [32, 64])
+@pytest.mark.parametrize("width_in", [64, 64 * 13])
 @pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_int4_groups(device: str, group: int, epilogue: str) -> None:
-    case = linear_case(generator(6), rows=3, width_in=64 * 13, width_out=66, bias=True, epilogue=epilogue)
-    weight = case.arguments["weight"]
-    stored, scale = pack_int4(weight, group)
-    nibbles = torch.stack((stored & 15, stored >> 4), dim=2).view(66, 13, 32, 2).transpose(2, 3)
-    levels = nibbles.reshape(66, 64 * 13).double() - 8
-    meant = levels * scale.double().repeat_interleave(group, dim=1)
-    assert relative_error(meant, weight) < 0.15  # half of one of 15 levels over about 3 deviations
-    _check_quantized(device, case, stored, scale, meant)
+def test_int4_groups(device: str, group: int, width_in: int, epilogue: str) -> None:
+    case = linear_case(generator(6), rows=3, width_in=width_in, width_out=66, bias=True, epilogue=epilogue)
+    _check_quantised(device, case, Quantised(*quantise_int4(case.arguments["weight"], group), group))
 
 
-def _check_quantized(
-    device: str, case: Case, stored: torch.Tensor, scale: torch.Tensor, meant: torch.Tensor
-) -> None:
+def _check_quantised(device: str, case: Case, weight: Quantised) -> None:
     arguments = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in case.arguments.items()}
     del arguments["weight"]
-    out = linear_quantized_triton(weight=stored.to(device), scale=scale.to(device), **arguments).cpu()
-    plain = linear_ref(**case.arguments | {"weight": meant.float()})
+    moved = Quantised(weight.values.to(device), weight.scale.to(device), weight.group)
+    out = linear_quantised_triton(weight=moved, **arguments).cpu()
+    meant = weight.dequantised()
+    assert relative_error(meant, case.arguments["weight"]) < 0.1
+    plain = linear_ref(**case.arguments | {"weight": meant})
     wide = {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in case.arguments.items()}
-    truth = linear_ref(**wide | {"weight": meant})
+    truth = linear_ref(**wide | {"weight": meant.double()})
     assert relative_error(out, truth) <= error_bound(plain, truth, torch.float32)
 
 
+def quantised(shape: tuple[int, int], dtype: torch.dtype, scale: tuple[int, ...], group: int) -> Quantised:
+    return Quantised(torch.zeros(shape, dtype=dtype), torch.ones(scale), group)
+
+
 @pytest.mark.parametrize(
-    ("weight", "scale", "message"),
+    ("weight", "message"),
     [
-        (torch.zeros(8, 60, dtype=torch.int8), torch.ones(8), "holds 60 inputs, x has 64"),
-        (torch.zeros(8, 64, dtype=torch.int8), torch.ones(9), "dimension O of scale is 9"),
-        (torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 3), "groups of 32 or 64"),
-        (torch.zeros(8, 64, dtype=torch.int16), torch.ones(8), "quantised weights are int8"),
-        (torch.zeros(8, 64, dtype=torch.int8), torch.ones(8).double(), "scale must be torch.float32"),
+        (quantised((8, 60), torch.int8, (8,), 0), "dimension D of weight is 60, elsewhere 64"),
+        (quantised((8, 64), torch.int8, (9,), 0), r"scale \(9,\) does not fit"),
+        (quantised((8, 32), torch.uint8, (8, 3), 32), r"scale \(8, 3\) does not fit"),
+        (quantised((8, 32), torch.uint8, (8, 4), 16), "in groups of 16"),
+        (quantised((8, 64), torch.int16, (8,), 0), "quantised weights with group 0 are"),
+        (quantised((8, 64), torch.int8, (8, 2), 32), "quantised weights with group 32 are"),
     ],
 )
-def test_bad_quantised_weights(weight: torch.Tensor, scale: torch.Tensor, message: str) -> None:
+def test_bad_quantised_weights(weight: Quantised, message: str) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
-        linear_quantized_triton(torch.zeros(2, 64), weight, scale)
+        linear_quantised_triton(torch.zeros(2, 64), weight)
 
 
 @pytest.mark.parametrize(
