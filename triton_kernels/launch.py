@@ -18,10 +18,10 @@ import triton
 from torch import Tensor
 
 from ..ops.dispatch import BackendError
+from ..ops.triton import FLOATS
 from .tuning import table
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # fixed when the kernels are decorated
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED_PROCESSORS = 8  # what the interpreter says it has: enough for splits to occur in small tests
 
 

@@ -12,9 +12,24 @@ import importlib.util
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from .dispatch import BackendError, Op
+import torch
+
+from .dispatch import BackendError, Limits, Op
 
 MISSING = "triton is not installed; pip install triton (Linux, a CUDA GPU)"
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+PAGES = (*FLOATS, torch.float8_e4m3fn)
+TAKES: dict[str, Limits] = {  # op -> the dtypes that its kernel has code for
+    "conv_stem": {"frames": FLOATS, "weight1": FLOATS},
+    "layer_norm": {"x": FLOATS},
+    "rms_norm": {"x": FLOATS},
+    "linear": {"x": FLOATS},
+    "rope_append": {"qkv": FLOATS, "k_pages": PAGES},
+    "block_attention": {"qkv": FLOATS},
+    "paged_attention": {"q": FLOATS, "k_pages": PAGES},
+    "decide": {"x": FLOATS},
+    "sample": {"logits": FLOATS},
+}
 
 
 @functools.cache
@@ -34,7 +49,7 @@ def register_triton(ops: Iterable[Op[..., Any]]) -> None:
     found = importlib.util.find_spec("triton") is not None
     for op in ops:
         if found:
-            op.register("triton", functools.partial(_call, op.name))
+            op.register("triton", functools.partial(_call, op.name), takes=TAKES.get(op.name, {}))
         else:
             op.unavailable["triton"] = MISSING
 

@@ -77,3 +77,11 @@ def test_recording_runs_nothing(device: str) -> None:
     (launch,) = launches
     assert launch.grid == (2,) and launch.arguments["x"] is x and launch.constants["HAS_RESIDUAL"]
     assert not residual.any()
+
+
+def test_what_an_op_takes_is_known_before_its_kernel_is_imported() -> None:
+    x, weight = torch.ones(2, 4, dtype=torch.float64), torch.ones(4, dtype=torch.float64)
+    told = REGISTRY["rms_norm"].refusal("triton", (x, weight, 1e-6), {})
+    assert "it takes x in torch.float32 or torch.bfloat16 or torch.float16, got torch.float64" in told
+    wanted = torch.ones(2, 4, requires_grad=True)
+    assert "no gradient" in REGISTRY["rms_norm"].refusal("triton", (wanted, weight.float(), 1e-6), {})
