@@ -129,9 +129,9 @@ def _triggers(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
     return {
         "precision": share(hits, hits + false),
         "recall": share(hits, sum(len(o.answered) for o in outcomes)),
-        "f1": bootstrap(outcomes, _f1, hits + false),
-        "false_triggers_per_hour": bootstrap(outcomes, _per_hour, false),
-        "false_triggers_per_ambient_hour": bootstrap(ambient, _per_hour, len(ambient)),
+        "f1": bootstrap(outcomes, _f1),
+        "false_triggers_per_hour": bootstrap(outcomes, _per_hour),
+        "false_triggers_per_ambient_hour": bootstrap(ambient, _per_hour),
     }
 
 
