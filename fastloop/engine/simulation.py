@@ -245,7 +245,7 @@ def plot(reports: Sequence[Report], picture: Path) -> None:
     axes.axvline(1e3 * CHUNK_S, color="black", linestyle=":", label="due")
     axes.set(xscale="log", yscale="log", xlabel="decision latency, ms", ylabel="share of chunks above it")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(loc="lower left")
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)
 

@@ -68,10 +68,6 @@ class SimulatedStreams:
         self._advance(self._now + self._random.expovariate(2.0))
         work()
 
-    def drain(self) -> None:
-        """Run everything that is queued."""
-        self._advance(max(self._free.values()))
-
     def _advance(self, until: float) -> None:
         """The host's clock moves on; what takes effect until then does so, in the order of time."""
         self._now = max(self._now, until)
