@@ -95,11 +95,12 @@ def _attend(
     if SPLITS == 1 or steps * BLOCK_SLOTS >= end:  # the only range
         tl.store(out + base + at, narrow(acc / total[:, None], out.dtype.element_ty), mask=real)
     else:
-        share = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+        some = tl.where(total == 0.0, 1.0, total)  # a row may see nothing of this range
+        share = acc / some[:, None]
         base += split.to(tl.int64) * all_rows * (groups * R * HEAD)
         tl.store(partial + base + at, share, mask=real)
         place = (split * all_rows + first_row + row).to(tl.int64) * (groups * R) + head
-        tl.store(lse + place, most + tl.log2(total), mask=row < rows)
+        tl.store(lse + place, most + tl.log2(some), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["all_rows", "sequences", "table_stride"])
