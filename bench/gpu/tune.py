@@ -1,4 +1,4 @@
-"""Measure block sizes of `linear` and write a table of those that beat the shipped ones.
+"""Measure block sizes of `linear` and `paged_attention`; write a table of what beats the shipped ones.
 
 The result, OUT/<device>.json, goes to triton_kernels/tables/. Every candidate must first compute what the
 shipped configuration computes. Nothing of this runs inside a step.
@@ -18,9 +18,11 @@ from fastloop.testing.implementations import Implementation
 from fastloop.testing.op_cases import Case
 from fastloop.testing.timing import rotation
 from fastloop.testing.tolerance import relative_error
+from fastloop.triton_kernels.launch import dependent_launches
 from fastloop.triton_kernels.tuning import choose, overridden, table_path
 
 from .clock import measure
+from .model import DecoderStep, backend
 from .record import Context, Record
 from .shapes import linears
 
@@ -28,31 +30,71 @@ GAIN = 0.97  # a candidate must take at most this share of the shipped configura
 
 
 def run(context: Context, record: Record) -> None:
-    """Values: the table's file; a line for each winner."""
+    """Values: the table's file; what each winner gains."""
     name = torch.cuda.get_device_name() if context.device == "cuda" else "dry run"
-    found: dict[str, Any] = {"device": name, "measured": "bench/gpu_check.py --tune", "linear": []}
+    found: dict[str, Any] = {"device": name, "measured": "bench/gpu_check.py --tune"}
     target = context.out / table_path(name).name
-    buckets = (1,) if context.dry else (16, 64)
-    matrices = list(linears(context.config).items())[: 2 if context.dry else None]
-    for rows, (matrix, dims) in itertools.product(buckets, matrices):
-        if context.left_s < 6:
-            record.put(left_out_text=f"from {matrix}, {rows} rows on: out of time")
-            break
-        case = cases.linear_case(torch.Generator().manual_seed(1), rows=rows, dtype=context.dtype, **dims)
-        sizes = {"rows": rows, "width_in": dims["width_in"], "width_out": dims["width_out"]}
-        sizes |= {
-            "epilogue": dims.get("epilogue", "none"),
-            "weight": str(context.dtype).removeprefix("torch."),
-        }
-        shipped = choose("linear", torch.device(context.device), **sizes)
-        best = _best("linear", case, ("weight",), shipped, linear_candidates(rows, context.dry), context)
-        if best is not None:
-            config, gain = best
-            entry = {"max_rows": rows, **{k: v for k, v in sizes.items() if k != "rows"}, "config": config}
-            found["linear"].append(entry)
-            record.put(**{f"{matrix}, {rows} rows": f"{gain:.2f} x faster with {config}"})
+    found["dependent_launch"] = _dependent(context, record)
+    found["linear"] = list(_linear(context, record))
+    found["paged_attention"] = list(_attention(context, record))
     target.write_text(json.dumps(found, indent=1))
-    record.put(table_text=f"{len(found['linear'])} entries in {target.name}")
+    entries = len(found["linear"]) + len(found["paged_attention"])
+    record.put(table_text=f"{entries} entries in {target.name}, dependent_launch {found['dependent_launch']}")
+
+
+def _dependent(context: Context, record: Record) -> bool:
+    """Whether a listening step is faster with programmatic dependent launch."""
+    step, seconds = DecoderStep(context, [context.config.chunk_rows], [20]), {}
+    for wanted in (False, True):
+        with dependent_launches(wanted), backend("triton", context):
+            seconds[wanted] = measure([step.run], context.device).median
+    record.put(dependent_gain=seconds[False] / seconds[True])
+    return seconds[True] < GAIN * seconds[False]
+
+
+def _linear(context: Context, record: Record) -> Iterator[dict[str, Any]]:
+    """An entry for each matrix and bucket of rows whose best blocks are not the shipped ones."""
+    matrices = list(linears(context.config).items())[: 2 if context.dry else None]
+    for rows, (matrix, dims) in itertools.product((1,) if context.dry else (16, 64), matrices):
+        case = cases.linear_case(torch.Generator().manual_seed(1), rows=rows, dtype=context.dtype, **dims)
+        sizes = {"width_in": dims["width_in"], "width_out": dims["width_out"]}
+        sizes["epilogue"] = dims.get("epilogue", "none")
+        sizes["weight"] = str(context.dtype).removeprefix("torch.")
+        shipped = choose("linear", torch.device(context.device), rows=rows, **sizes)
+        candidates = linear_candidates(rows, context.dry)
+        best = _best("linear", case, ("weight",), shipped, candidates, context)
+        if best is not None:
+            record.put(**{f"{matrix}, {rows} rows": f"{best[1]:.2f} x faster with {best[0]}"})
+            yield {"max_rows": rows, **sizes, "config": best[0]}
+
+
+def _attention(context: Context, record: Record) -> Iterator[dict[str, Any]]:
+    """An entry for one listener and one for many, at 1,024 slots of context."""
+    d, rows, history = context.config.decoder, context.config.chunk_rows, 20 if context.dry else 1024
+    for streams in (1,) if context.dry else (1, 64):
+        case = cases.paged_attention_case(
+            torch.Generator().manual_seed(1), rows=[rows] * streams, lens=[history + rows] * streams,
+            gaps=[(0, 0)] * streams, heads=d.heads, kv_heads=d.kv_heads, head_width=d.head_width, page=64,
+            dtype=context.dtype,
+        )  # fmt: skip
+        shape = {"single_rows": False, "itemsize": context.dtype.itemsize, "head": d.head_width}
+        sizes = {"rows": rows * streams, "sequences": streams, **shape}
+        shipped = choose("paged_attention", torch.device(context.device), **sizes)
+        candidates = attention_candidates(context.dry)
+        best = _best("paged_attention", case, ("k_pages", "v_pages"), shipped, candidates, context)
+        if best is not None:
+            record.put(**{f"attention, {streams} listeners": f"{best[1]:.2f} x faster with {best[0]}"})
+            yield {"max_sequences": 4 if streams == 1 else 1 << 20, **shape, "config": best[0]}
+
+
+def attention_candidates(dry: bool) -> Iterator[dict[str, Any]]:
+    """Blocks for packed rows of listeners; what does not fit the device is refused when it is compiled."""
+    space = itertools.product((32, 64, 128), (2, 3), (4, 8), (16, 32, 64))
+    for slots, stages, warps, splits in itertools.islice(space, 1 if dry else None):
+        yield {
+            "BLOCK_ROWS": 16 if dry else 128, "BLOCK_SLOTS": slots, "warps": warps, "stages": stages,
+            "max_splits": splits,
+        }  # fmt: skip
 
 
 def linear_candidates(rows: int, dry: bool) -> Iterator[dict[str, Any]]:
