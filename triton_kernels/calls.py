@@ -2,13 +2,16 @@
 
     {op: {name of the call: a function that makes it}}
 
-For whatever wants to know what would run without running it: `resources` compiles them.
+For whatever wants to know what would run without running it: `resources` compiles them. Inside
+`made_on(device)` they are made on zeros there: every kernel of the model is then compiled and run once.
 """
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -33,8 +36,21 @@ E, D = MODEL.encoder.width, MODEL.decoder.width
 BF16, F32 = torch.bfloat16, torch.float32
 
 
+_device: contextvars.ContextVar[str] = contextvars.ContextVar("device", default="meta")
+
+
+@contextlib.contextmanager
+def made_on(device: str) -> Iterator[None]:
+    """Inside, the calls are made on zeros of this device."""
+    token = _device.set(device)
+    try:
+        yield
+    finally:
+        _device.reset(token)
+
+
 def _empty(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
+    return torch.zeros(shape, dtype=dtype, device=_device.get())
 
 
 def _layer_norm(rows: int, dtype: torch.dtype = BF16) -> None:

@@ -29,6 +29,8 @@ def run(context: Context, record: Record) -> None:
             moved = step.weight_bytes + step.kv_bytes
             _line(f"listening step at {history}", name, step.run, moved, step.operations, context, record)
         for history in histories[-2:]:
+            if context.left_s < 6:
+                break
             step = DecoderStep(context, [1], [history])
             moved = step.weight_bytes + step.kv_bytes
             _line(f"text token at {history}", name, step.run, moved, step.operations, context, record)
