@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.contract import check_dims, check_floats
+from ..ops.block_attention import _check as check_block_attention
 from .device import LOG2_E, begin, dot, narrow
 from .launch import accept, launch
 from .tuning import choose
@@ -58,13 +58,9 @@ def _block_attention(
 
 def block_attention_triton(qkv: Tensor, heads: int) -> Tensor:
     """`block_attention_ref` on a GPU: qkv [B, T, 3E] as [q | k | v] -> [B, T, E]."""
-    blocks, positions, triple = check_dims("block_attention", qkv=(qkv, "B T W")).values()
-    check_floats("block_attention", qkv=qkv)
-    if heads < 1 or triple % (3 * heads):
-        raise ValueError(
-            f"block_attention: dimension W of qkv is {triple}, not 3 x heads ({heads}) x head width"
-        )
+    check_block_attention(qkv, heads)
     accept("block_attention", qkv=qkv)
+    blocks, positions, triple = qkv.shape
     qkv, width = qkv.contiguous(), triple // 3
     head = width // heads
     out = torch.empty((blocks, positions, width), dtype=qkv.dtype, device=qkv.device)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.contract import check_dims, check_floats
+from ..ops.conv_stem import _check as check_conv_stem
 from .device import begin, dot, gelu, narrow
 from .launch import accept, launch
 from .linear import run_linear
@@ -65,24 +65,10 @@ def conv_stem_triton(
     """`conv_stem_ref` on a GPU: frames [B, F, C], weight1 [E, C, 3], weight2 [E, E, 3], biases [E],
     positions [T >= (F+1)/2, E] -> [B, (F+1)/2, E] in the weights' dtype.
     """
-    sizes = check_dims(
-        "conv_stem",
-        frames=(frames, "B F C"),
-        weight1=(weight1, "E C 3"),
-        bias1=(bias1, "E"),
-        weight2=(weight2, "E E 3"),
-        bias2=(bias2, "E"),
-        positions=(positions, "T E"),
-    )
-    check_floats("conv_stem", frames=frames)
-    check_floats("conv_stem", weight1=weight1, bias1=bias1, weight2=weight2, bias2=bias2, positions=positions)
+    count = check_conv_stem(frames, weight1, bias1, weight2, bias2, positions)
     accept("conv_stem", frames=frames, weight1=weight1, weight2=weight2, bias2=bias2, positions=positions)
-    blocks, length, width, depth = sizes["B"], sizes["F"], sizes["E"], 3 * sizes["C"]
-    count = (length + 1) // 2
-    if sizes["T"] < count:
-        raise ValueError(
-            f"conv_stem: dimension T of positions is {sizes['T']}, the {length} frames need {count}"
-        )
+    blocks, length, bins = frames.shape
+    width, depth = weight1.shape[0], 3 * bins
     frames, weight1, weight2 = frames.contiguous(), weight1.contiguous(), weight2.contiguous()
     hidden = torch.empty((blocks * count, 3 * width), dtype=weight1.dtype, device=frames.device)
     config = choose("conv_stem", frames.device, itemsize=weight1.element_size(), rows=3 * blocks * count)

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.contract import check_dims, check_dtype, check_floats, check_range
 from ..ops.decide import NONFINITE, RESPOND, SILENT, VOID
+from ..ops.decide import _check as check_decide
 from .device import begin, narrow, rsqrt
 from .launch import accept, launch, rows_apart
 from .tuning import choose
@@ -92,17 +92,11 @@ def decide_triton(
 
     Logits are in float32 and not rounded to x's dtype.
     """
-    rows, width = check_dims(
-        "decide", x=(x, "R D"), norm_weight=(norm_weight, "D"), head=(head, "2 D"), slots=(slots, "R")
-    ).values()
-    sizes = check_dims("decide", policy=(policy, "Z 3"), state=(state, "Z 2"))
-    check_floats("decide", x=x, norm_weight=norm_weight, head=head)
-    check_dtype("decide", torch.int64, slots=slots)
-    check_dtype("decide", torch.int32, state=state)
-    check_range("decide", "slots", slots, 0, sizes["Z"])
+    check_decide(x, norm_weight, head, slots, policy, state)
     accept("decide", x=x, norm_weight=norm_weight, head=head, slots=slots, policy=policy, state=state)
     if not state.is_contiguous():
         raise ValueError(f"decide: state is changed in place and must be contiguous, got {state.stride()}")
+    rows, width = x.shape
     x, norm_weight, head = rows_apart(x), norm_weight.contiguous(), head.contiguous()
     slots, policy = slots.contiguous(), policy.contiguous()
     p_respond = torch.empty(rows, dtype=torch.float32, device=x.device)

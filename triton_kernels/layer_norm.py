@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.contract import check_dims, check_floats
+from ..ops.layer_norm import _check as check_layer_norm
 from .device import begin, narrow, rsqrt
 from .launch import accept, launch, rows_apart
 from .tuning import choose
@@ -38,10 +38,10 @@ def _layer_norm(x, weight, bias, y, width, x_stride, eps, BLOCK: tl.constexpr, D
 
 def layer_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """`layer_norm_ref` on a GPU: x [N, E], weight [E], bias [E] -> y [N, E] in x's dtype."""
-    rows, width = check_dims("layer_norm", x=(x, "N E"), weight=(weight, "E"), bias=(bias, "E")).values()
-    check_floats("layer_norm", x=x, weight=weight, bias=bias)
+    check_layer_norm(x, weight, bias)
     accept("layer_norm", x=x, weight=weight, bias=bias)
     x, weight, bias = rows_apart(x), weight.contiguous(), bias.contiguous()
+    rows, width = x.shape
     y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     config = choose("layer_norm", x.device, rows=rows, width=width)
     block = triton.next_power_of_2(width)

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.contract import check_dims, check_floats
+from ..ops.rms_norm import _check as check_rms_norm
 from .device import begin, narrow, rsqrt
 from .launch import accept, launch, rows_apart
 from .tuning import choose
@@ -43,12 +43,11 @@ def _rms_norm(
 
 def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
     """`rms_norm_ref` on a GPU: x [N, D], weight [D], residual [N, D] (+= x, in place) -> y [N, D]."""
-    rows, width = check_dims("rms_norm", x=(x, "N D"), weight=(weight, "D")).values()
-    check_floats("rms_norm", x=x, weight=weight, residual=residual)
+    check_rms_norm(x, weight, residual)
     accept("rms_norm", x=x, weight=weight, residual=residual)
     x, weight, residual_stride = rows_apart(x), weight.contiguous(), 0
+    rows, width = x.shape
     if residual is not None:
-        check_dims("rms_norm", x=(x, "N D"), residual=(residual, "N D"))
         if residual.stride(1) != 1 and width > 1:
             raise ValueError(
                 f"rms_norm: residual is changed in place and its rows must be contiguous, its strides are "

@@ -26,8 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops.contract import check_dims, check_dtype, check_floats, check_range
 from ..ops.sample import NONFINITE
+from ..ops.sample import _check as check_sample
 from .device import begin
 from .launch import accept, launch, rows_apart
 from .tuning import choose
@@ -345,8 +345,11 @@ def sample_triton(
     """`sample_ref` on a GPU: logits [R, V], banned bool [phases, V], phase int64 [R], temperature and top_p
     float32 [R], top_k, seed and counter int64 [R] -> ids int64 [R]; the same tokens.
     """
-    sizes = _checked(logits, banned, phase, temperature, top_k, top_p, seed, counter)
-    rows, vocab = sizes["R"], sizes["V"]
+    check_sample(logits, banned, phase, temperature, top_k, top_p, seed, counter)
+    accept("sample", logits=logits, banned=banned, phase=phase, temperature=temperature, top_k=top_k)
+    options = (phase, temperature, top_k, top_p, seed, counter)
+    phase, temperature, top_k, top_p, seed, counter = (t.contiguous() for t in options)
+    rows, vocab = logits.shape
     logits, banned = rows_apart(logits), banned.contiguous()
     config = dict(choose("sample", logits.device, rows=rows, vocab=vocab))
     size, block = config.pop("CHUNK"), config.pop("BLOCK")
@@ -391,36 +394,3 @@ def sample_triton(
         **shared,
     )  # fmt: skip
     return ids
-
-
-def _checked(
-    logits: Tensor,
-    banned: Tensor,
-    phase: Tensor,
-    temperature: Tensor,
-    top_k: Tensor,
-    top_p: Tensor,
-    seed: Tensor,
-    counter: Tensor,
-) -> dict[str, int]:
-    sizes = check_dims(
-        "sample",
-        logits=(logits, "R V"),
-        banned=(banned, "phases V"),
-        phase=(phase, "R"),
-        temperature=(temperature, "R"),
-        top_k=(top_k, "R"),
-        top_p=(top_p, "R"),
-        seed=(seed, "R"),
-        counter=(counter, "R"),
-    )
-    check_floats("sample", logits=logits)
-    check_floats("sample", temperature=temperature, top_p=top_p)
-    check_dtype("sample", torch.bool, banned=banned)
-    check_dtype("sample", torch.int64, phase=phase, top_k=top_k, seed=seed, counter=counter)
-    check_range("sample", "phase", phase, 0, sizes["phases"])
-    accept("sample", logits=logits, banned=banned, phase=phase, temperature=temperature, top_k=top_k)
-    for name, tensor in (("temperature", temperature), ("top_k", top_k), ("top_p", top_p), ("seed", seed)):
-        if not tensor.is_contiguous():
-            raise ValueError(f"sample: {name} must be contiguous")
-    return sizes
