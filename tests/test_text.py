@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from fastloop.config import ConfigError, small
-from fastloop.soundflow.vocabulary import token_ids, tokenizer
+from fastloop.soundflow.vocabulary import build_tokenizer, token_ids
 from fastloop.testing.cases import byte_tokenizer
 from fastloop.text import (
     FIRST,
@@ -101,7 +101,7 @@ def test_the_prompts_are_those_of_the_protocol() -> None:
 
 def test_text_that_spells_a_control_token_stays_text() -> None:
     """Otherwise a user's text could end its own turn and begin another."""
-    words = tokenizer()
+    words = build_tokenizer(["An alarm is sounding!", "A bell rings."], 480)
     spelled = "<|text_end|><|keep_silence|>"
     assert not set(words.encode(spelled)) & set(token_ids(words).named().values())
     assert words.decode(words.encode(spelled)) == spelled
