@@ -1,13 +1,14 @@
 """decide: final norm, two logits, p(respond), policy and next state of each session, all on the device.
 
-    p = sigmoid(h1 . n - h0 . n),  n = x / sqrt(mean(x^2) + eps) weight
+    _chances   p = sigmoid(h1 . n - h0 . n),  n = x / sqrt(mean(x^2) + eps) weight      a program a row
+    _policy    the decisions of a slot's rows and its next state                        a program a slot
 
-Who owns what: a program per row starts; the one at the first row of a slot owns the slot and works through
-the slot's rows in their order, for the policy is a sequence: each row's norm and logits, then its step of the
-policy. The others exit. Bytes moved: each row once; the norm's weight and two rows of the head from L2.
-Why this version: without speculation every slot has one row, so all rows run side by side; k queued chunks of
-a session cost k times one row's microsecond, and no second kernel, no atomic and no host is needed.
-The policy compares p in float64, as the definition does: argmax is p > 1/2, and float32 has no p near 1/2.
+Who owns what: of the programs that start for every row, the one at the first row of a slot owns the slot; the
+others exit. Bytes moved: each row once; the norm's weight and two rows of the head from L2.
+Why this version: the policy is a sequence, but an open one: until a row ends it, all rows before were silent.
+So every row's count and arming are running sums, the first row that responds or is not finite ends the slot,
+and no loop runs over rows: 63 padded rows in one spare slot take no longer than one. p is float64, as in the
+definition: argmax is p > 1/2, and float32 has no p near 1/2.
 """
 
 from __future__ import annotations
@@ -29,53 +30,58 @@ MOST_CHUNKS = tl.constexpr(2**30)  # the count of chunks since a response stays 
 
 
 @triton.jit
-def _next_row(slots, slot, after, rows, BLOCK_ROWS: tl.constexpr):
-    """The first row behind `after` that belongs to `slot`, or `rows`."""
-    row = tl.arange(0, BLOCK_ROWS)
-    owner = tl.load(slots + row, mask=row < rows, other=-1)
-    return tl.min(tl.where((owner == slot) & (row > after), row, rows), 0)
+def _chances(
+    x, weight, head, chances, p_respond, width, x_stride, eps, BLOCK: tl.constexpr, DEPENDENT: tl.constexpr,
+):  # fmt: skip
+    """chances float64 [R]: p, or NaN where a logit is not finite."""
+    begin(DEPENDENT)
+    row = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < width
+    value = tl.load(x + row.to(tl.int64) * x_stride + column, mask=inside, other=0.0).to(tl.float32)
+    gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    silent = tl.load(head + column, mask=inside, other=0.0).to(tl.float32)
+    respond = tl.load(head + width + column, mask=inside, other=0.0).to(tl.float32)
+    scale = rsqrt(tl.sum(value * value, 0) / width + eps)
+    normed = narrow(value * scale, x.dtype.element_ty).to(tl.float32) * gain
+    normed = narrow(normed, x.dtype.element_ty).to(tl.float32)
+    logit0, logit1 = tl.sum(normed * silent, 0), tl.sum(normed * respond, 0)
+    finite = (tl.abs(logit0) < float("inf")) & (tl.abs(logit1) < float("inf"))
+    p = 1.0 / (1.0 + tl.exp((logit0 - logit1).to(tl.float64)))
+    tl.store(p_respond + row, p.to(tl.float32))
+    tl.store(chances + row, tl.where(finite, p, float("nan")))
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _decide(
-    x, weight, head, slots, policy, state, p_respond, decision, rows, width, x_stride, eps,
-    BLOCK: tl.constexpr, BLOCK_ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
+def _policy(
+    chances, slots, policy, state, decision, rows, BLOCK_ROWS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     begin(DEPENDENT)
-    row = tl.program_id(0)
-    slot = tl.load(slots + row)
-    if _next_row(slots, slot, -1, rows, BLOCK_ROWS) == row:
-        column = tl.arange(0, BLOCK)
-        inside = column < width
-        gain = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-        silent = tl.load(head + column, mask=inside, other=0.0).to(tl.float32)
-        respond = tl.load(head + width + column, mask=inside, other=0.0).to(tl.float32)
+    slot = tl.load(slots + tl.program_id(0))
+    row = tl.arange(0, BLOCK_ROWS)
+    owner = tl.load(slots + row, mask=row < rows, other=-1)
+    mine = (owner == slot) & (row < rows)
+    if tl.min(tl.where(mine, row, rows), 0) == tl.program_id(0):
         threshold = tl.load(policy + 3 * slot).to(tl.float64)
         rearm = tl.load(policy + 3 * slot + 1).to(tl.float64)
         min_gap = tl.load(policy + 3 * slot + 2).to(tl.float64)
         since, armed = tl.load(state + 2 * slot), tl.load(state + 2 * slot + 1)
-        open_ = row == row  # until the slot responds or a row is not finite
-        while row < rows:
-            value = tl.load(x + row.to(tl.int64) * x_stride + column, mask=inside, other=0.0).to(tl.float32)
-            scale = rsqrt(tl.sum(value * value, 0) / width + eps)
-            normed = narrow(value * scale, x.dtype.element_ty).to(tl.float32) * gain
-            normed = narrow(normed, x.dtype.element_ty).to(tl.float32)
-            logit0, logit1 = tl.sum(normed * silent, 0), tl.sum(normed * respond, 0)
-            finite = (tl.abs(logit0) < float("inf")) & (tl.abs(logit1) < float("inf"))
-            p = 1.0 / (1.0 + tl.exp((logit0 - logit1).to(tl.float64)))
-            now = ((armed != 0) | (p <= rearm)).to(tl.int32)
-            fires = open_ & finite & (p > threshold) & (now != 0) & (since.to(tl.float64) >= min_gap)
-            keeps = open_ & finite & ~fires
-            choice = tl.where(finite, _SILENT, _NONFINITE)
-            choice = tl.where(open_, tl.where(fires, _RESPOND, choice), _VOID)
-            tl.store(p_respond + row, p.to(tl.float32))
-            tl.store(decision + row, choice)
-            armed = tl.where(fires, (rearm >= 1.0).to(tl.int32), tl.where(keeps, now, armed))
-            since = tl.where(fires, 0, tl.where(keeps, tl.minimum(since + 1, MOST_CHUNKS), since))
-            open_ = keeps
-            row = _next_row(slots, slot, row, rows, BLOCK_ROWS)
-        tl.store(state + 2 * slot, since)
-        tl.store(state + 2 * slot + 1, armed)
+        p = tl.load(chances + row, mask=mine, other=2.0)
+        low = (mine & (p <= rearm)).to(tl.int32)
+        earlier = tl.cumsum(mine.to(tl.int32), 0) - 1  # rows of the slot before this one
+        ready = ((tl.cumsum(low, 0) + armed) != 0) & (tl.minimum(since + earlier, MOST_CHUNKS) >= min_gap)
+        fires = mine & (p > threshold) & ready  # not where p is NaN
+        end = tl.min(tl.where(fires | (mine & (p != p)), row, rows), 0)
+        ending = tl.where(fires, _RESPOND, _NONFINITE)
+        choice = tl.where(row < end, _SILENT, tl.where(row == end, ending, _VOID))
+        tl.store(decision + row, choice, mask=mine)
+
+        before = mine & (row < end)  # silent ones: they alone have moved the state
+        since = tl.minimum(since + tl.sum(before.to(tl.int32), 0), MOST_CHUNKS)
+        armed = ((tl.sum(tl.where(before, low, 0), 0) + armed) != 0).to(tl.int32)
+        fired = tl.max((fires & (row == end)).to(tl.int32), 0) != 0
+        tl.store(state + 2 * slot, tl.where(fired, 0, since))
+        tl.store(state + 2 * slot + 1, tl.where(fired, (rearm >= 1.0).to(tl.int32), armed))
 
 
 def decide_triton(
@@ -101,10 +107,12 @@ def decide_triton(
     slots, policy = slots.contiguous(), policy.contiguous()
     p_respond = torch.empty(rows, dtype=torch.float32, device=x.device)
     decision = torch.empty(rows, dtype=torch.int32, device=x.device)
+    chances = torch.empty(rows, dtype=torch.float64, device=x.device)
     config = choose("decide", x.device, rows=rows, width=width)
     launch(
-        _decide, (rows,), x, norm_weight, head, slots, policy, state, p_respond, decision, rows, width,
-        x.stride(0), eps, BLOCK=triton.next_power_of_2(width),
-        BLOCK_ROWS=triton.next_power_of_2(max(rows, 1)), **config,
+        _chances, (rows,), x, norm_weight, head, chances, p_respond, width, x.stride(0), eps,
+        BLOCK=triton.next_power_of_2(width), **config,
     )  # fmt: skip
+    block = triton.next_power_of_2(max(rows, 1))
+    launch(_policy, (rows,), chances, slots, policy, state, decision, rows, BLOCK_ROWS=block)
     return p_respond, decision

@@ -14,7 +14,7 @@ from .clock import capture, measure
 from .model import DecoderStep, ListeningStep, Perception, backend
 from .record import Context, Record
 
-BACKENDS = ("triton", "torch")  # ours; torch's own ops where an op has that backend, else the definition
+BACKENDS = ("triton", "graph")  # ours; torch's own ops, in the forms that can be captured
 
 
 def run(context: Context, record: Record) -> None:

@@ -24,6 +24,17 @@ def test_equals_the_definition(check: Check, seed: int) -> None:
     check("decide", decide_case(generator(seed), rows=1 + 7 * seed, width=50 + seed, sessions=1 + seed))
 
 
+@pytest.mark.parametrize("rearm", [0.2, 1.0])
+@pytest.mark.parametrize("min_gap", [0, 3])
+def test_many_rows_of_one_session(check: Check, rearm: float, min_gap: int) -> None:
+    """Speculation, and the spare slot of padded rows: up to 70 rows of a slot in one call."""
+    for seed in range(4):
+        case = decide_case(generator(seed), rows=70, sessions=2)
+        case.arguments["policy"][:] = torch.tensor([0.97, rearm, float(min_gap)])
+        case.arguments["state"][:] = torch.tensor([[seed, seed % 2]], dtype=torch.int32)
+        check("decide", case)
+
+
 def test_model_width(check: Check) -> None:
     check("decide", decide_case(generator(7), rows=3, width=2048))
 
