@@ -78,6 +78,19 @@ FASTLOOP_FOLD(sum, FASTLOOP_ADD)
 FASTLOOP_FOLD(maximum, FASTLOOP_MORE)
 FASTLOOP_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 
+// A product as it is rounded, though a sum follows that it could be fused with: instruction sets with and without such
+// instructions then agree to the bit.
+FASTLOOP_INLINE Lanes unfused(Lanes v) {
+#if defined(__x86_64__)
+    asm("" : "+x"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#else
+    asm("" : "+m"(v));
+#endif
+    return v;
+}
+
 // The nearest whole number, half to even; |x| < 2^22.
 FASTLOOP_INLINE Lanes nearest(Lanes x) {
     constexpr float kMagic = 12582912.0f;  // 1.5 x 2^23: the units are the whole numbers

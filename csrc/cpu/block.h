@@ -13,7 +13,9 @@
 
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(FASTLOOP_BLOCK)
+constexpr size_t kBlock = FASTLOOP_BLOCK;  // fewer, for builds that are to be quick
+#elif defined(__AVX512F__)
 constexpr size_t kBlock = 14;
 #elif defined(__AVX2__)
 constexpr size_t kBlock = 3;

@@ -13,7 +13,18 @@ from torch import Tensor
 
 from fastloop.ops import REGISTRY, BackendError, use_backend
 from fastloop.ops.contract import check_dims, check_dtype, check_floats, check_range
-from fastloop.ops.dispatch import BACKENDS, BACKENDS_OF, Op, define, forced_backends
+from fastloop.ops.dispatch import (
+    BACKENDS,
+    BACKENDS_OF,
+    Op,
+    define,
+    forced_backends,
+    launching_through,
+)
+from fastloop.ops.native import reason
+from fastloop.testing.assertions import bits, seeded
+from fastloop.testing.op_cases import CASES
+from fastloop.testing.selfcheck import results, widened
 
 X = torch.zeros(2)
 
@@ -245,6 +256,84 @@ def test_every_default_can_run() -> None:
         assert op.backend("cuda") in BACKENDS_OF["cuda"]
         assert set(op.implementations) | set(op.unavailable) <= set(BACKENDS)
         assert op.implementations["reference"] is op.reference
+
+
+LIMITED = {"x": (torch.float32,)}
+
+
+def test_a_limited_default_leaves_the_rest_to_the_one_before(twice: Op[..., Tensor]) -> None:
+    """What it does not take: another dtype, and a gradient that is wanted."""
+    twice.default["cpu"] = "torch"
+    twice.register("cpu", twice_marked(20), default_on="cpu", takes=LIMITED)
+    assert twice.backend("cpu") == "cpu" and ran(twice) == 20
+    assert twice(X.double())[0] == 10 and twice(scale=3.0, x=X.bfloat16())[0] == 10
+    wanted = (X + 1).requires_grad_()
+    assert twice(wanted)[0] == 10
+    with torch.no_grad():
+        assert twice(wanted)[0] == 20
+    with torch.inference_mode():
+        assert twice(wanted)[0] == 20
+
+
+def test_a_limited_one_that_is_forced_refuses_the_rest(twice: Op[..., Tensor]) -> None:
+    twice.register("cpu", twice_marked(20), takes={"x": (torch.float32, torch.float16)})
+    with use_backend("twice=cpu"):
+        assert ran(twice) == 20 and twice(X.half())[0] == 20
+        told = "it takes x in torch.float32 or torch.float16, got torch.float64"
+        with pytest.raises(BackendError, match=f"op twice on cpu: backend 'cpu' cannot run .*{told}"):
+            twice(X.double())
+        with pytest.raises(BackendError, match="it computes no gradient, and x requires one"):
+            twice((X + 1).requires_grad_())
+    assert twice(X.double() + 1)[0] == 2
+
+
+def test_a_recorder_sees_what_really_runs(twice: Op[..., Tensor]) -> None:
+    twice.register("cpu", twice_marked(20), default_on="cpu", takes=LIMITED)
+    seen = []
+    with launching_through(lambda op, backend, args, kwargs: seen.append((op.name, backend))):
+        twice(X)
+        twice(X.double())
+    assert seen == [("twice", "cpu"), ("twice", "reference")]
+
+
+NATIVE = [name for name, op in REGISTRY.items() if op.default["cpu"] == "cpu" and name != "mel"]
+
+
+@pytest.mark.parametrize("op", NATIVE)
+def test_native_defaults_leave_other_dtypes_as_they_were(op: str) -> None:
+    """mel knows float32 alone."""
+    for case in CASES[op](seeded(1)):
+        wide = widened(case.arguments)
+        before = REGISTRY[op].implementations[REGISTRY[op].otherwise["cpu"]]
+        ours, theirs = (results(run, wide, case.mutates) for run in (REGISTRY[op], before))
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(ours, theirs, strict=True))
+        narrow = results(REGISTRY[op], case.arguments, case.mutates)
+        forced = results(REGISTRY[op].implementations["cpu"], case.arguments, case.mutates)
+        assert all(torch.equal(bits(a), bits(b)) for a, b in zip(narrow, forced, strict=True))
+
+
+@pytest.mark.skipif(not NATIVE, reason=reason)
+def test_gradients_flow_through_the_defaults() -> None:
+    a = CASES["rms_norm"](seeded(1))[0].arguments
+    weight = a["weight"].clone().requires_grad_()
+    REGISTRY["rms_norm"](**a | {"weight": weight}).sum().backward()
+    assert weight.grad is not None and weight.grad.isfinite().all() and weight.grad.any()
+
+
+@pytest.mark.parametrize("op", REGISTRY)
+def test_native_ops_refuse_what_they_would_misread(op: str) -> None:
+    """Called as functions, too: another dtype or a gradient is named, not read as float32."""
+    run = REGISTRY[op].implementations.get("cpu") or pytest.skip(REGISTRY[op].unavailable["cpu"])
+    for case in CASES[op](seeded(1)):
+        with pytest.raises(TypeError, match=f"^{op}: .*torch.float64"):
+            run(**widened(case.arguments))
+        if op != "mel":
+            name = next(
+                n for n, v in case.arguments.items() if isinstance(v, Tensor) and v.is_floating_point()
+            )
+            wanting = case.arguments | {name: case.arguments[name].clone().requires_grad_()}
+            with pytest.raises(ValueError, match=f"^{op}: .*no gradient, and {name} requires one"):
+                run(**wanting)
 
 
 def test_dimensions_are_unified() -> None:

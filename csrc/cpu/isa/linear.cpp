@@ -166,7 +166,7 @@ float magnitude(const float* x, size_t count) {
 void bytes_of(const float* x, size_t count, float inverse, int8_t* to) {
     for (size_t k = 0; k < count; k += kLanes) {
         const size_t some = count - k < kLanes ? count - k : kLanes;
-        const Lanes v = (some == kLanes ? load(x + k) : load_some(x + k, some)) * inverse;
+        const Lanes v = unfused((some == kLanes ? load(x + k) : load_some(x + k, some)) * inverse);
         const IntLanes q = __builtin_convertvector(nearest(v), IntLanes);
         typedef int8_t ByteLanes __attribute__((vector_size(FASTLOOP_LANES)));
         const ByteLanes b = __builtin_convertvector(q, ByteLanes);
