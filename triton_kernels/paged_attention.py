@@ -1,23 +1,21 @@
 """paged_attention: softmax(q k^T / sqrt(K)) v of ragged new rows over paged keys, causal, grouped queries.
 
-    _paged_attention   one tile of rows x one KV head x one range of slots -> its part of the result
+    _paged_attention   units: a tile of rows x one KV head x one range of slots -> a part of the result
     _combine           the parts of a row, where there is more than one
 
 Who owns what: the R = H / G query heads of a KV head are packed into the rows of one product, so 13 rows x 8
-heads are one tile of 104 (of BLOCK_ROWS = 128) and every key is read once for all of them. A program owns
-such a tile and one of up to SPLITS ranges of its slots; a tile of one or two rows (text) runs with 16 rows.
-Bytes moved: every key and value once per tile, q in, the result out; where a context is split, each range
-adds 4 bytes of scratch out and in per row, head and K, through L2.
-Why this version: the host knows only how many rows and sequences there are. Which sequence a tile belongs to,
-how many ranges its context is worth, and where they lie is computed on the device from row_starts and
-kv_lens, so one captured launch serves every context length; what is not needed exits at once. The parts are
-combined by a second kernel in a fixed order: no counter is shared between streams, repeats are equal to the
-bit.
+heads are one tile of 104 (of BLOCK_ROWS = 128) and every key is read once for all of them; a tile of one or
+two rows (text) runs with 16 rows. `programs` programs of each KV head take the units in turn. Bytes moved:
+every key and value once per tile, q in, the result out; where a context is split, 4 bytes of scratch out and
+in for each row, head, K and range, through L2.
+Why this version: the host knows only how many rows and sequences there may be, and most of a captured step's
+sequences are padding. How many units there are, how long, and whose, is computed on the device from
+row_starts and kv_lens: the slots of all tiles, divided by the programs, are a unit's length. So one launch
+serves every context, one stream is split over the whole device and a thousand are not, and padding takes no
+program. The parts are combined by a second kernel in a fixed order: no counter is shared between streams.
 """
 
 from __future__ import annotations
-
-import functools
 
 import torch
 import triton
@@ -31,34 +29,57 @@ from .tuning import choose
 
 
 @triton.jit
-def _tile_of(row_starts, tile, sequences, TILE: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr):
-    """(sequence, first of its tiles) of a tile. Sequence b's tiles begin at row_starts[b] // TILE + b:
-    that leaves it at least as many as its rows fill, and the numbers rise with b.
-    """
-    b = tl.arange(0, BLOCK_SEQUENCES)
-    first = tl.load(row_starts + b, mask=b < sequences, other=0) // TILE + b
-    before = (first <= tile) & (b < sequences)
-    return tl.sum(before.to(tl.int32), 0) - 1, tl.max(tl.where(before, first, 0), 0)
+def _ceil(a, b):
+    return (a + b - 1) // b
 
 
 @triton.jit
-def _steps_of(end, rows, SPLITS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, SMALL: tl.constexpr):
-    """How many steps of BLOCK_SLOTS slots each range takes of a tile that sees slots 0..end-1. A tile of 104
-    rows writes 53 KB of scratch for a range and reads 16 KB for a step of 32 slots: at least four steps then.
+def _range(rows, length, quantum, SMALL: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SLOTS: tl.constexpr):
+    """(steps of BLOCK_SLOTS slots in a range, ranges) of a sequence. A tile of 104 rows writes 53 KB of
+    scratch for a range and reads 16 KB for a step of 32 slots: at least four steps then. No rows: no range.
     """
-    steps = tl.cdiv(end, BLOCK_SLOTS)
+    steps = tl.where(rows > 0, _ceil(length, BLOCK_SLOTS), 0)
     least = tl.where(rows <= SMALL, 1, 4)
-    return tl.maximum(tl.cdiv(steps, SPLITS), least)
+    each = tl.maximum(tl.maximum(quantum, least), _ceil(steps, SPLITS))
+    return each, _ceil(steps, each)
+
+
+@triton.jit
+def _plan(
+    row_starts, kv_lens, sequences, programs, TILE: tl.constexpr, SMALL: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
+):  # fmt: skip
+    """The steps that a program's share has, and for every sequence its units, up to and with it: (quantum,
+    all units, those of split sequences, which need scratch).
+    """
+    b = tl.arange(0, BLOCK_SEQUENCES)
+    start = tl.load(row_starts + b, mask=b < sequences, other=0)
+    rows = tl.load(row_starts + b + 1, mask=b < sequences, other=0) - start
+    length = tl.load(kv_lens + b, mask=b < sequences, other=0)
+    tiles = _ceil(rows, TILE)
+    steps = tl.where(rows > 0, _ceil(length, BLOCK_SLOTS), 0)
+    quantum = _ceil(tl.sum(tiles * steps, 0), programs)
+    _, ranges = _range(rows, length, quantum, SMALL, SPLITS, BLOCK_SLOTS)
+    units = tiles * ranges
+    return quantum, tl.cumsum(units, 0), tl.cumsum(tl.where(ranges > 1, units, 0), 0)
+
+
+@triton.jit
+def _before(ends, b, BLOCK_SEQUENCES: tl.constexpr):
+    """How much the sequences before b have, of running sums `ends`."""
+    return tl.max(tl.where(tl.arange(0, BLOCK_SEQUENCES) < b, ends, 0), 0)
 
 
 @triton.jit
 def _attend(
-    q, k_pages, v_pages, table, out, partial, lse, first_row, rows, group, groups, all_rows, own_slot, split,
-    steps, end, gap_begin, gap_end, scale, R: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr,
-    WIDE: tl.constexpr, SPLITS: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    q, k_pages, v_pages, table, out, partial, lse, first_row, rows, group, groups, own_slot, begin_slot,
+    end_slot, scratch, gap_begin, gap_end, scale, R: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr,
+    WIDE: tl.constexpr, SCRATCH_ROWS: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
 ):  # fmt: skip
-    """Rows first_row..first_row + rows - 1, whose first one sits in own_slot, over range `split`."""
+    """Rows first_row..first_row + rows - 1, whose first one sits in own_slot, over slots begin..end - 1.
+    scratch: where the part of this range goes; -1 where it is the whole.
+    """
     packed = tl.arange(0, BLOCK_ROWS)
     row, head = packed // R, group * R + packed % R
     index = tl.arange(0, BLOCK_HEAD)
@@ -72,10 +93,9 @@ def _attend(
     most = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)  # of the scores so far, times log2 e
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_HEAD), tl.float32)
-    last = tl.minimum(end, (split + 1) * steps * BLOCK_SLOTS)
-    for start in range(split * steps * BLOCK_SLOTS, last, BLOCK_SLOTS):
+    for start in range(begin_slot, end_slot, BLOCK_SLOTS):
         slot = start + tl.arange(0, BLOCK_SLOTS)
-        written = (slot < end) & ((slot < gap_begin) | (slot >= gap_end))
+        written = (slot < end_slot) & ((slot < gap_begin) | (slot >= gap_end))
         page = tl.load(table + slot // PAGE, mask=written, other=0).to(tl.int64)
         place = ((page * PAGE + slot % PAGE) * groups + group)[:, None] * HEAD + index[None, :]
         there = written[:, None] & (index < HEAD)[None, :]
@@ -92,90 +112,92 @@ def _attend(
         acc = dot(narrow(weights, COMPUTE), v, acc * shrink[:, None])
         most = peak
 
-    if SPLITS == 1 or steps * BLOCK_SLOTS >= end:  # the only range
+    if scratch < 0:
         tl.store(out + base + at, narrow(acc / total[:, None], out.dtype.element_ty), mask=real)
     else:
         some = tl.where(total == 0.0, 1.0, total)  # a row may see nothing of this range
-        share = acc / some[:, None]
-        base += split.to(tl.int64) * all_rows * (groups * R * HEAD)
-        tl.store(partial + base + at, share, mask=real)
-        place = (split * all_rows + first_row + row).to(tl.int64) * (groups * R) + head
+        place = (scratch * groups + group).to(tl.int64) * SCRATCH_ROWS + packed
+        part = partial + place[:, None] * HEAD + index[None, :]
+        tl.store(part, acc / some[:, None], mask=real)
         tl.store(lse + place, most + tl.log2(some), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["all_rows", "sequences", "table_stride"])
+@triton.jit(do_not_specialize=["sequences", "table_stride"])
 def _paged_attention(
-    q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps, out, partial, lse, all_rows, sequences,
-    groups, table_stride, scale, R: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr,
-    SPLITS: tl.constexpr, TILE: tl.constexpr, SMALL: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
-    BLOCK_HEAD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, DEPENDENT: tl.constexpr,
+    q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps, out, partial, lse, sequences, groups,
+    table_stride, scale, programs, R: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr,
+    WIDE: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, SMALL: tl.constexpr,
+    BLOCK_SEQUENCES: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """TILE: rows in a tile; SMALL: rows in a tile of 16; both times R heads."""
     begin(DEPENDENT)
-    tile, group, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    b, first_tile = _tile_of(row_starts, tile, sequences, TILE, BLOCK_SEQUENCES)
-    start, stop = tl.load(row_starts + b), tl.load(row_starts + b + 1)
-    before = (tile - first_tile) * TILE  # rows of the sequence in its earlier tiles
-    rows = tl.minimum(stop - start - before, TILE)
-    if rows > 0:
-        own_slot = tl.load(kv_lens + b) - (stop - start) + before
-        end = own_slot + rows
-        steps = _steps_of(end, rows, SPLITS, BLOCK_SLOTS, SMALL)
-        if split * steps * BLOCK_SLOTS < end:
-            gap_begin, gap_end = tl.load(gaps + 2 * b), tl.load(gaps + 2 * b + 1)
-            table = block_table + b.to(tl.int64) * table_stride
-            if rows <= SMALL:
-                _attend(
-                    q, k_pages, v_pages, table, out, partial, lse, start + before, rows, group, groups,
-                    all_rows, own_slot, split, steps, end, gap_begin, gap_end, scale, R, HEAD, PAGE, WIDE,
-                    SPLITS, BLOCK_HEAD, 16, BLOCK_SLOTS,
-                )  # fmt: skip
-            else:
-                _attend(
-                    q, k_pages, v_pages, table, out, partial, lse, start + before, rows, group, groups,
-                    all_rows, own_slot, split, steps, end, gap_begin, gap_end, scale, R, HEAD, PAGE, WIDE,
-                    SPLITS, BLOCK_HEAD, BLOCK_ROWS, BLOCK_SLOTS,
-                )  # fmt: skip
+    group = tl.program_id(1)
+    quantum, ends, scratch_ends = _plan(
+        row_starts, kv_lens, sequences, programs, TILE, SMALL, SPLITS, BLOCK_SLOTS, BLOCK_SEQUENCES
+    )  # fmt: skip
+    # Nothing is hoisted: what could be are pointers of a tile, and their registers cost a second block.
+    for unit in tl.range(tl.program_id(0), tl.max(ends, 0), programs, num_stages=1, disable_licm=True):
+        b = tl.sum((ends <= unit).to(tl.int32), 0)
+        start = tl.load(row_starts + b)
+        all_rows, length = tl.load(row_starts + b + 1) - start, tl.load(kv_lens + b)
+        each, ranges = _range(all_rows, length, quantum, SMALL, SPLITS, BLOCK_SLOTS)
+        mine = unit - _before(ends, b, BLOCK_SEQUENCES)
+        tile, split = mine // ranges, mine % ranges
+        scratch = tl.where(ranges > 1, _before(scratch_ends, b, BLOCK_SEQUENCES) + mine, -1)
+        rows = tl.minimum(all_rows - tile * TILE, TILE)
+        own_slot = length - all_rows + tile * TILE
+        begin_slot = split * each * BLOCK_SLOTS
+        end_slot = tl.minimum(own_slot + rows, begin_slot + each * BLOCK_SLOTS)
+        gap_begin, gap_end = tl.load(gaps + 2 * b), tl.load(gaps + 2 * b + 1)
+        table = block_table + b.to(tl.int64) * table_stride
+        if rows <= SMALL:
+            _attend(
+                q, k_pages, v_pages, table, out, partial, lse, start + tile * TILE, rows, group, groups,
+                own_slot, begin_slot, end_slot, scratch, gap_begin, gap_end, scale, R, HEAD, PAGE, WIDE,
+                BLOCK_ROWS, BLOCK_HEAD, 16, BLOCK_SLOTS,
+            )  # fmt: skip
+        else:
+            _attend(
+                q, k_pages, v_pages, table, out, partial, lse, start + tile * TILE, rows, group, groups,
+                own_slot, begin_slot, end_slot, scratch, gap_begin, gap_end, scale, R, HEAD, PAGE, WIDE,
+                BLOCK_ROWS, BLOCK_HEAD, BLOCK_ROWS, BLOCK_SLOTS,
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["all_rows", "sequences"])
+@triton.jit(do_not_specialize=["sequences"])
 def _combine(
-    partial, lse, row_starts, kv_lens, out, all_rows, sequences, heads,
-    HEAD: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, SMALL: tl.constexpr,
-    BLOCK_SEQUENCES: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr, DEPENDENT: tl.constexpr,
+    partial, lse, row_starts, kv_lens, out, sequences, groups, programs, R: tl.constexpr, HEAD: tl.constexpr,
+    SPLITS: tl.constexpr, TILE: tl.constexpr, SMALL: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
+    BLOCK_HEAD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One row and head: the parts, weighted by their sums."""
+    """One row and KV head: the parts of its R heads, weighted by their sums."""
     begin(DEPENDENT)
-    row, head = tl.program_id(0), tl.program_id(1)
-    b = tl.arange(0, BLOCK_SEQUENCES)
-    begun = (tl.load(row_starts + b, mask=b < sequences, other=0) <= row) & (b < sequences)
-    sequence = tl.sum(begun.to(tl.int32), 0) - 1
-    start, stop = tl.load(row_starts + sequence), tl.load(row_starts + sequence + 1)
-    before = (row - start) // TILE * TILE
-    rows = tl.minimum(stop - start - before, TILE)
-    end = tl.load(kv_lens + sequence) - (stop - start) + before + rows
-    steps = _steps_of(end, rows, SPLITS, BLOCK_SLOTS, SMALL)
-    if steps * BLOCK_SLOTS < end:
-        split = tl.arange(0, BLOCK_SPLITS)
-        index = tl.arange(0, BLOCK_HEAD)
-        used = split * steps * BLOCK_SLOTS < end
-        at = (split * all_rows + row).to(tl.int64) * heads + head
-        logs = tl.load(lse + at, mask=used, other=float("-inf"))
-        weights = tl.exp2(logs - tl.max(logs, 0))
-        both = used[:, None] & (index < HEAD)[None, :]
-        parts = tl.load(partial + at[:, None] * HEAD + index[None, :], mask=both, other=0.0)
-        result = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
-        place = out + (row.to(tl.int64) * heads + head) * HEAD + index
-        tl.store(place, narrow(result, out.dtype.element_ty), mask=index < HEAD)
-
-
-@functools.lru_cache(maxsize=1024)
-def slot_splits(tiles: int, groups: int, processors: int, most: int) -> int:
-    """Into how many ranges a context may be split: two blocks for every processor. One stream of 13 rows is
-    one tile of 2 KV heads: 132 processors allow 132 ranges, so `most` decides; 64 streams allow 1 or 2.
-    """
-    return max(1, min(2 * processors // (tiles * groups), most))
+    row, group = tl.program_id(0), tl.program_id(1)
+    quantum, _, scratch_ends = _plan(
+        row_starts, kv_lens, sequences, programs, TILE, SMALL, SPLITS, BLOCK_SLOTS, BLOCK_SEQUENCES
+    )  # fmt: skip
+    seen = tl.arange(0, BLOCK_SEQUENCES)
+    begun = (tl.load(row_starts + seen, mask=seen < sequences, other=0) <= row) & (seen < sequences)
+    b = tl.sum(begun.to(tl.int32), 0) - 1
+    start = tl.load(row_starts + b)
+    _, ranges = _range(
+        tl.load(row_starts + b + 1) - start, tl.load(kv_lens + b), quantum, SMALL, SPLITS, BLOCK_SLOTS
+    )  # fmt: skip
+    if ranges > 1:
+        tile, within = (row - start) // TILE, (row - start) % TILE
+        first = _before(scratch_ends, b, BLOCK_SEQUENCES) + tile * ranges
+        split, index = tl.arange(0, SPLITS), tl.arange(0, BLOCK_HEAD)
+        for head in range(R):
+            at = ((first + split) * groups + group).to(tl.int64) * BLOCK_ROWS + within * R + head
+            logs = tl.load(lse + at, mask=split < ranges, other=float("-inf"))
+            weights = tl.exp2(logs - tl.max(logs, 0))
+            both = (split < ranges)[:, None] & (index < HEAD)[None, :]
+            parts = tl.load(partial + at[:, None] * HEAD + index[None, :], mask=both, other=0.0)
+            result = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
+            place = out + (row.to(tl.int64) * (groups * R) + group * R + head) * HEAD + index
+            tl.store(place, narrow(result, out.dtype.element_ty), mask=index < HEAD)
 
 
 def paged_attention_triton(
@@ -195,9 +217,7 @@ def paged_attention_triton(
     check_paged_attention(q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps)
     accept("paged_attention", q=q, block_table=block_table, row_starts=row_starts, kv_lens=kv_lens, gaps=gaps)
     if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
-        raise ValueError(
-            "paged_attention: k_pages and v_pages must be contiguous; a copy would be the whole pool"
-        )
+        raise ValueError("paged_attention: k_pages and v_pages must be contiguous; the pool is not copied")
     q = q.contiguous()
     row_starts, kv_lens, gaps = row_starts.contiguous(), kv_lens.contiguous(), gaps.contiguous()
     rows, heads, head = q.shape
@@ -205,44 +225,33 @@ def paged_attention_triton(
     out = torch.empty((rows, heads, head), dtype=q.dtype, device=q.device)
     if not rows:
         return out
-    config = dict(
-        choose(
-            "paged_attention",
-            q.device,
-            rows=rows,
-            sequences=sequences,
-            itemsize=q.element_size(),
-            head=head,
-            single_rows=rows == sequences,
-        )
-    )
-    most, repeat = config.pop("max_splits"), heads // groups
-    config["BLOCK_ROWS"] = max(config["BLOCK_ROWS"], triton.next_power_of_2(repeat))
-    per_tile = config["BLOCK_ROWS"] // repeat
-    tiles = rows // per_tile + sequences
-    splits = slot_splits(tiles, groups, processors(q.device), most)
+    config = dict(choose("paged_attention", q.device, itemsize=q.element_size(), head=head, rows=rows))
+    repeat = heads // groups
+    block_rows = max(config.pop("BLOCK_ROWS"), triton.next_power_of_2(repeat))
+    programs = max(1, config.pop("programs_per_processor") * processors(q.device) // groups)
     shared = {
+        "R": repeat,
         "HEAD": head,
-        "SPLITS": splits,
-        "TILE": per_tile,
+        "SPLITS": config.pop("max_splits"),
+        "TILE": block_rows // repeat,
         "SMALL": 16 // repeat,
         "BLOCK_SEQUENCES": triton.next_power_of_2(sequences),
         "BLOCK_HEAD": max(16, triton.next_power_of_2(head)),
+        "BLOCK_ROWS": block_rows,
         "BLOCK_SLOTS": config.pop("BLOCK_SLOTS"),
     }
-    partial = lse = None
-    if splits > 1:
-        partial = torch.empty((splits, rows, heads, head), dtype=torch.float32, device=q.device)
-        lse = torch.empty((splits, rows, heads), dtype=torch.float32, device=q.device)
+    # Split sequences have fewer than 2 x programs units: their ranges are at least a program's share long,
+    # but for the last range of each tile, and each of those tiles has more than one share.
+    partial = torch.empty((2 * programs, groups, block_rows, head), dtype=torch.float32, device=q.device)
+    lse = torch.empty((2 * programs, groups, block_rows), dtype=torch.float32, device=q.device)
     pages_fit = k_pages.dtype == q.dtype or k_pages.dtype == torch.float8_e4m3fn
     launch(
-        _paged_attention, (tiles, groups, splits), q, k_pages, v_pages, block_table, row_starts, kv_lens,
-        gaps, out, partial, lse, rows, sequences, groups, block_table.stride(0), head**-0.5,
-        R=repeat, PAGE=k_pages.shape[1], WIDE=not pages_fit, **shared, **config,
+        _paged_attention, (programs, groups), q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps,
+        out, partial, lse, sequences, groups, block_table.stride(0), head**-0.5, programs,
+        PAGE=k_pages.shape[1], WIDE=not pages_fit, **shared, **config,
     )  # fmt: skip
-    if partial is not None:
-        launch(
-            _combine, (rows, heads), partial, lse, row_starts, kv_lens, out, rows, sequences, heads,
-            BLOCK_SPLITS=triton.next_power_of_2(splits), **shared,
-        )  # fmt: skip
+    launch(
+        _combine, (rows, groups), partial, lse, row_starts, kv_lens, out, sequences, groups, programs,
+        warps=4, **shared,
+    )  # fmt: skip
     return out

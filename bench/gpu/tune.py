@@ -77,23 +77,23 @@ def _attention(context: Context, record: Record) -> Iterator[dict[str, Any]]:
             gaps=[(0, 0)] * streams, heads=d.heads, kv_heads=d.kv_heads, head_width=d.head_width, page=64,
             dtype=context.dtype,
         )  # fmt: skip
-        shape = {"single_rows": False, "itemsize": context.dtype.itemsize, "head": d.head_width}
-        sizes = {"rows": rows * streams, "sequences": streams, **shape}
+        shape = {"itemsize": context.dtype.itemsize, "head": d.head_width}
+        sizes = {"rows": rows * streams, **shape}
         shipped = choose("paged_attention", torch.device(context.device), **sizes)
         candidates = attention_candidates(context.dry)
         best = _best("paged_attention", case, ("k_pages", "v_pages"), shipped, candidates, context)
         if best is not None:
             record.put(**{f"attention, {streams} listeners": f"{best[1]:.2f} x faster with {best[0]}"})
-            yield {"max_sequences": 4 if streams == 1 else 1 << 20, **shape, "config": best[0]}
+            yield ({"max_rows": 4 * rows} if streams == 1 else {}) | shape | {"config": best[0]}
 
 
 def attention_candidates(dry: bool) -> Iterator[dict[str, Any]]:
     """Blocks for packed rows of listeners; what does not fit the device is refused when it is compiled."""
-    space = itertools.product((32, 64, 128), (2, 3), (4, 8), (16, 32, 64))
-    for slots, stages, warps, splits in itertools.islice(space, 1 if dry else None):
+    space = itertools.product((32, 64, 128), (2, 3), (4, 8), (16, 32, 64), (1, 2))
+    for slots, stages, warps, splits, programs in itertools.islice(space, 1 if dry else None):
         yield {
             "BLOCK_ROWS": 16 if dry else 128, "BLOCK_SLOTS": slots, "warps": warps, "stages": stages,
-            "max_splits": splits,
+            "max_splits": splits, "programs_per_processor": programs,
         }  # fmt: skip
 
 
