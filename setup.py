@@ -97,6 +97,7 @@ EXTRAS = {
         "jiwer",
         "matplotlib",
         "ray[data]",
+        "triton; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "ruff",
         "mypy",
         "types-PyYAML",
