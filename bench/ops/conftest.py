@@ -66,6 +66,8 @@ def clock(benchmark: BenchmarkFixture, request: pytest.FixtureRequest, roof: Cal
     """clock(implementation, case, bytes moved, cold=names of what a step reads from memory)."""
 
     def measure(implementation: Implementation, case: Case, moved: int, cold: Sequence[str] = ()) -> None:
+        if refusal := implementation.refusal(case.arguments):
+            pytest.skip(refusal)
         found = compare(implementation, case)
         assert found.ok, found.problem
         placed = {name: implementation.place(value) for name, value in case.arguments.items()}

@@ -78,6 +78,26 @@ FASTLOOP_FOLD(sum, FASTLOOP_ADD)
 FASTLOOP_FOLD(maximum, FASTLOOP_MORE)
 FASTLOOP_INLINE Lanes larger(Lanes a, Lanes b) { return a > b ? a : b; }
 
+// kDoubles doubles, for what must not be rounded on the way: from that many floats, or from the first `count` of them and zeros.
+constexpr size_t kDoubles = kLanes / 2;
+typedef double DoubleLanes __attribute__((vector_size(4 * FASTLOOP_LANES)));
+typedef float NarrowLanes __attribute__((vector_size(2 * FASTLOOP_LANES)));
+FASTLOOP_INLINE DoubleLanes load_doubles(const float* from) {
+    NarrowLanes v;
+    __builtin_memcpy(&v, from, sizeof v);
+    return __builtin_convertvector(v, DoubleLanes);
+}
+FASTLOOP_INLINE DoubleLanes load_doubles(const float* from, size_t count) {
+    NarrowLanes v = {};
+    __builtin_memcpy(&v, from, count * sizeof(float));
+    return __builtin_convertvector(v, DoubleLanes);
+}
+FASTLOOP_INLINE double sum(DoubleLanes v) {
+    double total = 0;
+    for (size_t i = 0; i < kDoubles; ++i) total += v[i];
+    return total;
+}
+
 // A product as it is rounded, though a sum follows that it could be fused with: instruction sets with and without such
 // instructions then agree to the bit.
 FASTLOOP_INLINE Lanes unfused(Lanes v) {

@@ -54,9 +54,9 @@ extern "C" fastloop_status fastloop_decide(const fastloop_decide_params* params)
         check_decide(p);
         std::unordered_set<int64_t> ended;  // slots that have responded, or were not finite, in this call
         for (size_t row = 0; row < p.rows; ++row) {
-            float logits[2];
+            double logits[2];
             FASTLOOP_KERNEL(isa, decide)(p.x + row * p.x_stride, p.norm_weight, p.head, p.width, p.eps, logits);
-            const double chance = 1 / (1 + std::exp(-static_cast<double>(logits[1] - logits[0])));
+            const double chance = 1 / (1 + std::exp(logits[0] - logits[1]));
             p.p_respond[row] = static_cast<float>(chance);
             const int64_t slot = p.slots[row];
             if (!ended.empty() && ended.count(slot) != 0) {

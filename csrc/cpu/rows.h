@@ -40,5 +40,5 @@ FASTLOOP_DECLARE_KERNEL(void layer_norm(const float* x, const float* weight, con
 FASTLOOP_DECLARE_KERNEL(void rope_append(const float* qkv, const float* bias, const float* turn, int64_t slot, size_t heads,
                                          const ::fastloop::Pages& pages, float* q))
 // The logits of a normed row: rms_norm(x) . head[0] and head[1], head [2][count]; summed alike, so equal heads tie.
-FASTLOOP_DECLARE_KERNEL(void decide(const float* x, const float* norm_weight, const float* head, size_t count, float eps,
-                                    float* logits))
+FASTLOOP_DECLARE_KERNEL(void decide(const float* x, const float* norm_weight, const float* head, size_t count, double eps,
+                                    double* logits))

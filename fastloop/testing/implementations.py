@@ -44,6 +44,10 @@ class Implementation:
         limits = REGISTRY[self.op].limits.get(self.backend, {})
         return all(dtype in dtypes for dtypes in limits.values())
 
+    def refusal(self, arguments: Mapping[str, Any]) -> str:
+        """Why it does not take a call with these arguments, or ""."""
+        return REGISTRY[self.op].refusal(self.backend, (), arguments)
+
     def __call__(self, **arguments: Any) -> Any:
         """The op on tensors of the CPU; its results are on the CPU too."""
         if self.device == "cpu":

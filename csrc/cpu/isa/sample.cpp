@@ -5,10 +5,7 @@
 
 namespace {
 
-constexpr size_t kHalf = kLanes / 2;
-typedef double DoubleLanes __attribute__((vector_size(4 * FASTLOOP_LANES)));
 typedef int64_t LongLanes __attribute__((vector_size(4 * FASTLOOP_LANES)));
-typedef float HalfLanes __attribute__((vector_size(2 * FASTLOOP_LANES)));
 typedef uint8_t BanLanes __attribute__((vector_size(FASTLOOP_LANES)));
 typedef uint8_t HalfBans __attribute__((vector_size(FASTLOOP_LANES / 2)));
 
@@ -89,19 +86,14 @@ float sample_peak(const float* logits, const uint8_t* banned, size_t count, size
 
 void sample_weights(const float* logits, const uint8_t* banned, size_t count, double peak, double temperature,
                     double* weights) {
-    for (size_t i = 0; i < count; i += kHalf) {
-        const size_t some = count - i < kHalf ? count - i : kHalf;
-        HalfLanes narrow = {};
+    for (size_t i = 0; i < count; i += kDoubles) {
+        const size_t some = count - i < kDoubles ? count - i : kDoubles;
         HalfBans bans = {};
-        if (some == kHalf) {
-            __builtin_memcpy(&narrow, logits + i, sizeof narrow);
-            __builtin_memcpy(&bans, banned + i, sizeof bans);
-        } else {
-            __builtin_memcpy(&narrow, logits + i, some * sizeof(float));
-            __builtin_memcpy(&bans, banned + i, some);
-        }
+        if (some == kDoubles) __builtin_memcpy(&bans, banned + i, sizeof bans);
+        else __builtin_memcpy(&bans, banned + i, some);
         const LongLanes wide = __builtin_convertvector(bans, LongLanes);
-        const DoubleLanes x = (__builtin_convertvector(narrow, DoubleLanes) - peak) / temperature;
+        const DoubleLanes logit = some == kDoubles ? load_doubles(logits + i) : load_doubles(logits + i, some);
+        const DoubleLanes x = (logit - peak) / temperature;
         const DoubleLanes w = wide != 0 ? DoubleLanes{} : exp_below_zero(x);
         __builtin_memcpy(weights + i, &w, some * sizeof(double));
     }
