@@ -1,4 +1,4 @@
-"""Options shared by the benchmarks. Run: pytest bench --benchmark-only [--size 3b] [--threads N]."""
+"""Options shared by the benchmarks: pytest bench --benchmark-only [--size 3b] [--dtype D] [--threads N]."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from fastloop.config import ModelConfig, published_3b, small
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--size", choices=("small", "3b"), default="small", help="dims of the benchmarked model")
+    parser.addoption(
+        "--dtype", choices=("float32", "bfloat16"), help="as models of that size run unless given"
+    )
     parser.addoption("--threads", type=int, default=1, help="torch threads")
 
 
@@ -28,5 +31,6 @@ def config(request: pytest.FixtureRequest) -> ModelConfig:
 
 @pytest.fixture(scope="session")
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    """The dtype in which models of that size run."""
-    return torch.bfloat16 if request.config.getoption("--size") == "3b" else torch.float32
+    """--dtype, or the one in which models of that size run."""
+    usual = "bfloat16" if request.config.getoption("--size") == "3b" else "float32"
+    return getattr(torch, request.config.getoption("--dtype") or usual)

@@ -38,39 +38,88 @@ uint64_t rank_key(float logit, size_t token) {
 }
 size_t token_of(uint64_t key) { return key & 0xffffffffu; }
 
+// Memory of a row, from call to call.
+struct Drawing {
+    std::vector<double> weights, sums;
+    std::vector<float> tops;
+    std::vector<uint64_t> keys;
+};
+
+// One row that is cut.
+struct Row {
+    const float* logits;
+    const uint8_t* banned;
+    size_t vocab, top_k;  // top_k: of tokens that have a chance, V where it is off
+    double top_p;
+};
+
+// A logit that at least `count` tokens reach, by the largest ones of as many blocks; -Inf where there are too few blocks to tell.
+float reached_by(size_t count, Drawing& d) {
+    if (count > d.tops.size() / 2) return -INFINITY;
+    const auto place = d.tops.begin() + static_cast<ptrdiff_t>(count - 1);
+    std::nth_element(d.tops.begin(), place, d.tops.end(), [](float a, float b) { return a > b; });
+    return *place;
+}
+
+// The keys of all tokens that have a chance and reach a logit; whether these are all that have one.
+bool collect(const Row& row, float least, Drawing& d) {
+    d.keys.clear();
+    bool all = true;
+    for (size_t i = 0; i < row.vocab; ++i) {
+        if (!(d.weights[i] > 0)) continue;
+        if (row.logits[i] >= least) d.keys.push_back(rank_key(row.logits[i], i));
+        else all = false;
+    }
+    return all;
+}
+
 // How many of the first `count` keys, sorted so far as that takes, are the nucleus: those before which less than top_p of the
-// weight of all `count` stands, and always the first.
-size_t nucleus(std::vector<uint64_t>& keys, size_t count, const double* weights, double top_p) {
-    double total = 0, before = 0;
-    for (size_t i = 0; i < count; ++i) total += weights[token_of(keys[i])];
+// total weight stands, and always the first. 0 where it does not end among them.
+size_t nucleus(size_t count, double limit, Drawing& d) {
+    double before = 0;
     size_t sorted = 0;
     for (size_t step = 64; sorted < count; step *= 8) {  // nuclei are small, most of the time
-        const auto begin = keys.begin() + static_cast<ptrdiff_t>(sorted), end = keys.begin() + static_cast<ptrdiff_t>(count);
+        const auto begin = d.keys.begin() + static_cast<ptrdiff_t>(sorted), end = d.keys.begin() + static_cast<ptrdiff_t>(count);
         const auto until = begin + static_cast<ptrdiff_t>(std::min(step, count - sorted));
         std::nth_element(begin, until, end);
         std::sort(begin, until);
         for (auto key = begin; key != until; ++key, ++sorted) {
-            const double weight = weights[token_of(*key)];
+            const double weight = d.weights[token_of(*key)];
             before += weight;
-            if (sorted > 0 && !(before - weight < top_p * total)) return sorted;
+            if (sorted > 0 && !(before - weight < limit)) return sorted;
         }
     }
-    return count;
+    return 0;
 }
 
-// The tokens that top_k and top_p leave, in order of their ids.
-void cut(const float* logits, const double* weights, size_t vocab, int64_t top_k, double top_p, std::vector<uint64_t>& keys) {
-    keys.clear();
-    for (size_t i = 0; i < vocab; ++i)
-        if (weights[i] > 0) keys.push_back(rank_key(logits[i], i));
-    size_t count = keys.size();
-    if (top_k > 0 && static_cast<uint64_t>(top_k) < count) {
-        count = static_cast<size_t>(top_k);
-        std::nth_element(keys.begin(), keys.begin() + top_k, keys.end());
+// The tokens that top_k and top_p leave -> d.keys, in order of their ids.
+void cut(const Row& row, Isa isa, Drawing& d) {
+    constexpr size_t kGuess = 512;  // tokens of a nucleus
+    const bool ranked = row.top_k < row.vocab;
+    d.tops.resize((row.vocab + kTopBlock - 1) / kTopBlock);
+    FASTLOOP_KERNEL(isa, sample_tops)(row.logits, row.banned, row.vocab, d.tops.data());
+    bool all = collect(row, reached_by(ranked ? row.top_k : kGuess, d), d);
+    size_t count = d.keys.size();
+    if (row.top_k < count) {
+        count = row.top_k;
+        std::nth_element(d.keys.begin(), d.keys.begin() + static_cast<ptrdiff_t>(count), d.keys.end());
     }
-    if (top_p < 1) count = nucleus(keys, count, weights, top_p);
-    keys.resize(count);
-    std::sort(keys.begin(), keys.end(), [](uint64_t a, uint64_t b) { return token_of(a) < token_of(b); });
+    if (row.top_p < 1) {
+        double total = 0;
+        if (ranked)
+            for (size_t i = 0; i < count; ++i) total += d.weights[token_of(d.keys[i])];
+        else
+            for (size_t i = 0; i < row.vocab; ++i) total += d.weights[i];
+        size_t kept = nucleus(count, row.top_p * total, d);
+        if (kept == 0 && !ranked && !all) {  // it is larger than was guessed
+            collect(row, -INFINITY, d);
+            count = d.keys.size();
+            kept = nucleus(count, row.top_p * total, d);
+        }
+        count = kept == 0 ? count : kept;
+    }
+    d.keys.resize(count);
+    std::sort(d.keys.begin(), d.keys.end(), [](uint64_t a, uint64_t b) { return token_of(a) < token_of(b); });
 }
 
 // Where the sums of the weights, token by token, pass u times their total. next(i) is the i-th token's weight.
@@ -87,20 +136,16 @@ size_t invert(size_t count, double u, double* sums, Next&& next) {
     return std::min(found, last);  // u * total may round up to total
 }
 
-struct Drawing {
-    std::vector<double> weights, sums;
-    std::vector<uint64_t> keys;
-};
-
 size_t draw(const fastloop_sample_params& p, Isa isa, size_t row, const uint8_t* banned, float peak, Drawing& d) {
     const float* const logits = p.logits + row * p.logits_stride;
     const double u = uniform(static_cast<uint64_t>(p.seed[row]), static_cast<uint64_t>(p.counter[row]));
     d.weights.resize(p.vocab);
     d.sums.resize(p.vocab);
     FASTLOOP_KERNEL(isa, sample_weights)(logits, banned, p.vocab, peak, p.temperature[row], d.weights.data());
-    if (p.top_k[row] <= 0 && !(p.top_p[row] < 1))
+    const bool ranked = p.top_k[row] > 0 && static_cast<uint64_t>(p.top_k[row]) < p.vocab;
+    if (!ranked && !(p.top_p[row] < 1))
         return invert(p.vocab, u, d.sums.data(), [&](size_t i) { return d.weights[i]; });
-    cut(logits, d.weights.data(), p.vocab, p.top_k[row], p.top_p[row], d.keys);
+    cut({logits, banned, p.vocab, ranked ? static_cast<size_t>(p.top_k[row]) : p.vocab, p.top_p[row]}, isa, d);
     const size_t found = invert(d.keys.size(), u, d.sums.data(), [&](size_t i) { return d.weights[token_of(d.keys[i])]; });
     return token_of(d.keys[found]);
 }

@@ -254,7 +254,7 @@ void decide(const char* isa) {
 
 void sample(const char* isa, size_t vocab) {
     Random random(vocab);
-    constexpr size_t kRows = 5;
+    constexpr size_t kRows = 6;
     Floats logits = random.numbers(kRows * vocab, 4.0f);
     std::vector<uint8_t> banned(2 * vocab);
     for (size_t i = 0; i < banned.size(); ++i) {
@@ -263,9 +263,9 @@ void sample(const char* isa, size_t vocab) {
     }
     banned[0] = banned[vocab + vocab - 1] = 0;
     logits[vocab - 1] = 0;
-    const int64_t phase[kRows] = {1, 0, 0, 0, 0}, top_k[kRows] = {0, 0, 1, 3, 0}, seed[kRows] = {1, 2, 3, 4, -5};
-    const int64_t counter[kRows] = {1, 2, 3, 4, 5};
-    const Floats temperature = {0, 1, 1, 0.7f, 1}, top_p = {1, 1, 1, 0.9f, 1e-6f};
+    const int64_t phase[kRows] = {1, 0, 0, 0, 0, 0}, top_k[kRows] = {0, 0, 1, 3, 0, 0};
+    const int64_t seed[kRows] = {1, 2, 3, 4, -5, 6}, counter[kRows] = {1, 2, 3, 4, 5, 6};
+    const Floats temperature = {0, 1, 1, 0.7f, 1, 1}, top_p = {1, 1, 1, 0.9f, 1e-6f, 0.9f};
     logits[1 * vocab] = 50;  // row 1 draws what has all the weight
     std::vector<int64_t> tokens(kRows, 77);
     auto p = params<fastloop_sample_params>();
@@ -292,7 +292,8 @@ void sample(const char* isa, size_t vocab) {
     };
     for (size_t row : {0, 2, 4}) CHECK(tokens[row] == first_of_largest(row, phase[row]));  // greedy, top 1, no nucleus
     CHECK(tokens[1] == 0);
-    CHECK(tokens[3] >= 0 && tokens[3] < static_cast<int64_t>(vocab) && !banned[static_cast<size_t>(tokens[3])]);
+    for (size_t row : {3, 5})
+        CHECK(tokens[row] >= 0 && tokens[row] < static_cast<int64_t>(vocab) && !banned[static_cast<size_t>(tokens[row])]);
     logits[2 * vocab] = INFINITY;
     CHECK_OK(fastloop_sample(&p));
     CHECK(tokens[2] == -1 && tokens[0] == first_of_largest(0, 1));
@@ -398,7 +399,7 @@ int main() {
             rope_and_attention(isa, format, 2100, 3, 11, 12);  // three spans
         }
         decide(isa);
-        for (size_t vocab : {1, 2, 15, 16, 17, 100, 1000}) sample(isa, vocab);
+        for (size_t vocab : {1, 2, 15, 16, 17, 100, 1000, 70000}) sample(isa, vocab);
         for (size_t frames : {1, 2, 7, 40}) conv_stem(isa, frames % 2 ? team.handle : nullptr, frames);
         for (size_t samples : {160, 170, 480, 6400})
             for (size_t streams : {1, 3})

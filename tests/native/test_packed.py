@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import gc
 import itertools
+import os
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -197,3 +199,27 @@ def test_tensors_without_a_version_are_packed_at_every_call() -> None:
         linear_cpu(x, weight)
         weight[0] = 7
         assert relative_error(linear_cpu(x, weight), x.double() @ weight.double().T) < 1e-6
+
+
+def test_a_forked_process_has_threads_of_its_own() -> None:
+    """Ops make a team anew; a team that was made before the fork says that its threads are not there."""
+    packed, x = pack(weights(21, 640, 512), "float32"), torch.randn(64, 512, generator=seeded(22))
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        truth, old = linear_packed(x, packed, 640).numpy(), native.Team(2)
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                right = np.array_equal(
+                    linear_packed(x, packed, 640).numpy(), truth
+                )  # torch's threads are gone
+                with pytest.raises(ValueError, match="this process was forked"):
+                    native.ceiling(0, old)
+                status = 0 if right else 2
+            finally:
+                os._exit(status)
+        assert os.waitpid(child, 0)[1] == 0
+    finally:
+        torch.set_num_threads(before)

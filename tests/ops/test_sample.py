@@ -8,7 +8,7 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from scipy import stats
 from torch import Tensor
 from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
@@ -87,6 +87,25 @@ def test_numbers_are_uniform_and_independent(vary: str) -> None:
     assert stats.kstest(u, "uniform").pvalue > P_VALUE
     pairs = np.histogram2d(u[:-1:2], u[1::2], bins=8, range=[[0, 1]] * 2)[0]
     assert stats.chisquare(pairs.ravel()).pvalue > P_VALUE
+
+
+@settings(max_examples=10)
+@given(
+    seed=seeds,
+    vocab=st.sampled_from([1000, 20_011]),
+    kind=st.sampled_from(["flat", "peaked", "tied"]),
+    top_k=st.sampled_from([0, 1, 40, 1000]),
+    top_p=st.sampled_from([1.0, 0.9, 0.1]),
+)
+def test_large_vocabularies(
+    implementation: Implementation, seed: int, vocab: int, kind: str, top_k: int, top_p: float
+) -> None:
+    """A cut finds its tokens without sorting all; what it keeps must be the same."""
+    logits = torch.randn(6, vocab, generator=seeded(seed))
+    logits = {"flat": logits, "peaked": 6 * logits, "tied": (3 * logits).round()}[kind]
+    banned = torch.rand(1, vocab, generator=seeded(seed + 1)) < 0.1
+    options = {"banned": banned, "top_k": top_k, "top_p": top_p, "seed": seed}
+    assert torch.equal(draw(implementation, logits, **options), draw(sample_ref, logits, **options))
 
 
 @given(

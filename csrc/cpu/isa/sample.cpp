@@ -84,6 +84,16 @@ float sample_peak(const float* logits, const uint8_t* banned, size_t count, size
     return nan != nan ? nan : top;
 }
 
+void sample_tops(const float* logits, const uint8_t* banned, size_t count, float* tops) {
+    for (size_t first = 0; first < count; first += fastloop::kTopBlock) {
+        const size_t last = first + fastloop::kTopBlock < count ? first + fastloop::kTopBlock : count;
+        Lanes top = splat(-__builtin_inff());
+        for (size_t i = first; i < last; i += kLanes)
+            top = larger(top, legal(logits + i, banned + i, last - i < kLanes ? last - i : kLanes));
+        *tops++ = maximum(top);
+    }
+}
+
 void sample_weights(const float* logits, const uint8_t* banned, size_t count, double peak, double temperature,
                     double* weights) {
     for (size_t i = 0; i < count; i += kDoubles) {
