@@ -96,7 +96,7 @@ def rope_append_ref(
     groups, width = sizes["G"], sizes["K"]
     if bias is not None:
         qkv = qkv + bias
-    x = qkv.reshape(qkv.shape[0], -1, width)
+    x = qkv.reshape(qkv.shape[0], sizes["W"] // width, width)
     heads = x.shape[1] - 2 * groups
     kept = slots >= 0
     k = rotate(x[:, heads : heads + groups], positions, inv_freq)

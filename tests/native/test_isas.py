@@ -117,6 +117,25 @@ def test_errs_at_most_twice_as_much_as_torch(op: str, isa: str) -> None:
         assert_right(OneIsa(op, "cpu", "cpu", isa), case)
 
 
+NOTHING: dict[str, Callable[[Generator], Case]] = {
+    "conv_stem": lambda g: conv_stem_case(g, blocks=0),
+    "layer_norm": lambda g: layer_norm_case(g, rows=0),
+    "rms_norm": lambda g: rms_norm_case(g, rows=0, residual=True),
+    "linear": lambda g: linear_case(g, rows=0, bias=True, epilogue="silu_gate", residual=True),
+    "rope_append": lambda g: rope_append_case(g, rows=0, padded=0),
+    "block_attention": lambda g: block_attention_case(g, blocks=0),
+    "paged_attention": lambda g: paged_attention_case(g, rows=(0, 0), lens=(5, 0), gaps=((0, 0), (0, 0))),
+    "decide": lambda g: decide_case(g, rows=0),
+    "sample": lambda g: sample_case(g, rows=0),
+}
+
+
+@pytest.mark.parametrize("op", NOTHING)
+def test_no_rows_give_no_rows(op: str) -> None:
+    """mel refuses an empty batch, natively as by definition."""
+    assert_right(Implementation(op, "cpu", "cpu"), NOTHING[op](seeded(1)))
+
+
 @every_op
 def test_an_unknown_one_is_an_error(op: str) -> None:
     with pytest.raises(
