@@ -116,13 +116,15 @@ class Decoder:
         qkv = F.linear(y, w[name + "qkv.weight"], w[name + "qkv.bias"]).unflatten(-1, (-1, c.head_width))
         q, k, v = qkv.split((c.heads, c.kv_heads, c.kv_heads), dim=2)
         q, k = (self._rotate_sequence(t, positions) for t in (q, k))
-        y = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, enable_gqa=True
-        )
+        y = self._sequence_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         x = x + F.linear(y.transpose(1, 2).flatten(2), w[name + "out.weight"])
         y = F.rms_norm(x, (c.width,), w[name + "norm2.weight"], c.norm_eps)
         gate, up = F.linear(y, w[name + "gate_up.weight"]).chunk(2, dim=-1)
         return x + F.linear(F.silu(gate) * up, w[name + "down.weight"])
+
+    def _sequence_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """q [B, H, T, K], k, v [B, G, T, K] -> [B, H, T, K], causal."""
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
 
     def _rotate_sequence(self, x: Tensor, positions: Tensor) -> Tensor:
         """x [B, T, heads, K] -> rotated by positions [T]."""

@@ -29,6 +29,7 @@ class Augment:
     mix: chance that the noise of a silent stream is added, at 0 to 25 dB below the row's loudest frame.
     narrow: chance that nothing above 4 kHz comes through, as over a telephone.
     mask: chance that two bands of up to 16 bins are blanked (SpecAugment, arXiv 1904.08779).
+    tempo: every second row is played 1 - tempo .. 1 + tempo times as fast, at its own pitch.
     """
 
     gain_db: tuple[float, float] = (0.0, 0.0)
@@ -37,6 +38,7 @@ class Augment:
     mix: float = 0.0
     narrow: float = 0.0
     mask: float = 0.0
+    tempo: float = 0.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gain_db", tuple(self.gain_db))  # a list, where it comes from YAML or JSON
@@ -71,6 +73,22 @@ def warp(raw: Tensor, factor: float) -> Tensor:
     """Every frequency times `factor`: what was at f is now at factor x f."""
     low, part = _warp_table(factor)
     return torch.lerp(raw[..., low], raw[..., low + 1], part)
+
+
+def draw_tempo(settings: Augment, rng: np.random.Generator) -> float:
+    """How fast a row is played; 1 for every second one."""
+    if settings.tempo == 0 or rng.random() < 0.5:
+        return 1.0
+    return float(rng.uniform(1 - settings.tempo, 1 + settings.tempo))
+
+
+def stretch(raw: Tensor, tempo: float, length: int) -> Tensor:
+    """raw [chunks, F, C] -> [length, F, C]: frame i is what was at i x tempo, the last one to the end."""
+    frames = raw.flatten(0, 1)
+    place = (torch.arange(length * raw.shape[1]) * tempo).clamp(max=len(frames) - 1.001)
+    low = place.long()
+    part = (place - low)[:, None].to(raw.dtype)
+    return torch.lerp(frames[low], frames[low + 1], part).unflatten(0, (length, raw.shape[1]))
 
 
 def mix(raw: Tensor, noise: Tensor, level: float) -> Tensor:

@@ -5,6 +5,7 @@ of what was drawn before, or of how many processes train. So a run that resumes 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..text import Tokenizer
-from .augment import Augment, augment
+from .augment import Augment, augment, draw_tempo, stretch
 from .features import FeatureSet, clamp
 from .objective import Batch, collate
+from .questions import QUESTION
 from .sequence import build, due_chunk, due_replies, plan
 from .shards import Stream, Turn
 
-QUESTION = "question"  # label of a spoken question about the stream
 LONGEST_EXCERPT = 40  # chunks
 RARE = 20  # a reply that fewer turns give has no class of its own
 
@@ -103,7 +104,7 @@ class Batches:
         length = max(1, round(float(rng.choice(self.plan.rows_s)) / chunk_s))
         frames, active, sequences = [], [], []
         for _ in range(max(1, self.plan.chunks // length)):
-            raw, turns = self._row(rng, length)
+            raw, turns = self._row(rng, length, draw_tempo(self.augment, rng))
             prompt = None
             if self.prompts and rng.random() < self.plan.other_prompt:
                 prompt = str(rng.choice(self.prompts))
@@ -114,13 +115,15 @@ class Batches:
         fill = self.config.tokens.audio_begin
         return collate(torch.cat(frames), torch.cat(active), sequences, fill)
 
-    def _row(self, rng: np.random.Generator, length: int) -> tuple[Tensor, list[Turn]]:
-        """Streams joined and cut to `length` chunks: raw features, and the turns in the row's time."""
+    def _row(self, rng: np.random.Generator, length: int, tempo: float) -> tuple[Tensor, list[Turn]]:
+        """Streams joined, played at `tempo` and cut to `length` chunks: raw features, and the turns in the
+        row's time.
+        """
         parts: list[Tensor] = []
         turns: list[Turn] = []
-        have, chunk_s = 0, self.config.chunk_seconds
+        have, wanted, chunk_s = 0, math.ceil(length * tempo), self.config.chunk_seconds
         short = rng.random() < self.plan.excerpts
-        while have < length:
+        while have < wanted:
             index = int(rng.choice(len(self.weights), p=self.weights))
             stream = self.features.streams[index]
             chunks = self.features.chunks(index)
@@ -128,7 +131,10 @@ class Batches:
             turns += [shifted(turn, have * chunk_s) for turn in cut(stream.turns, first, end, chunk_s)]
             parts.append(self.features.raw(index, first, end))
             have += end - first
-        return torch.cat(parts)[:length], [turn for turn in turns if turn.start_s < length * chunk_s]
+        raw = torch.cat(parts)[:wanted]
+        if tempo != 1:
+            raw, turns = stretch(raw, tempo, length), [played(turn, tempo) for turn in turns]
+        return raw, [turn for turn in turns if turn.start_s < length * chunk_s]
 
     def _noise(self, rng: np.random.Generator) -> Tensor | None:
         return self.features.raw(int(rng.choice(self.silent))) if self.silent else None
@@ -190,6 +196,14 @@ def shifted(turn: Turn, seconds: float) -> Turn:
     answer_s = None if turn.answer_s is None else turn.answer_s + seconds
     return dataclasses.replace(
         turn, start_s=turn.start_s + seconds, end_s=turn.end_s + seconds, answer_s=answer_s
+    )
+
+
+def played(turn: Turn, tempo: float) -> Turn:
+    """The same turn in a row that is played `tempo` times as fast."""
+    answer_s = None if turn.answer_s is None else turn.answer_s / tempo
+    return dataclasses.replace(
+        turn, start_s=turn.start_s / tempo, end_s=turn.end_s / tempo, answer_s=answer_s
     )
 
 

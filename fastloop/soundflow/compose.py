@@ -16,7 +16,7 @@ from ..config import SAMPLE_RATE
 from . import voices
 from .grammar import Rule
 from .grounding import Layer, Part, Plan
-from .questions import ask
+from .questions import QUESTION, ask
 from .render import VOICE, WEAKEST, Rendered, Span, audible, clip_sound, render
 from .scenes import GAP_SAME_S, audible_rms, tilt
 from .sequence import Reply
@@ -26,6 +26,7 @@ from .synth import Rng, samples
 from .tfjp import HALF_CHUNK_S, join
 
 QUESTION_ROOM_S = 4.5  # kept free at the end of a stream that ends in a question
+ASKED_BETWEEN = 0.4  # chance of a question after an event in the middle of such a stream
 TAIL_S = 0.8  # kept free at the end of every stream, for the last answer
 LOOP_LAP_S = 0.25  # over which a bed joins its own beginning
 TELEPHONE_HZ = 3600.0
@@ -50,6 +51,7 @@ def compose(plan: Plan, library: Library) -> Composed:
     mix, background = _background(plan, library)
     turns: list[Turn] = []
     at, room_end = 0.0, plan.seconds - TAIL_S - (QUESTION_ROOM_S if plan.question else 0.0)
+    asks = np.random.default_rng([plan.seed, 1])
     for part in plan.parts:
         begin = at + _gap(part, turns)
         if plan.tfjp and not part.sources[0].startswith((SYNTHETIC, VOICE)):
@@ -59,8 +61,10 @@ def compose(plan: Plan, library: Library) -> Composed:
         made = render(library, part, room_end - begin, plan.tfjp)
         if begin + made.end_s <= room_end + 0.5:
             at = _place(plan, part, made, mix, begin, turns)
+            if plan.question and at + QUESTION_ROOM_S < room_end and asks.random() < ASKED_BETWEEN:
+                at = _ask(asks, plan, library, mix, turns, at + asks.uniform(1.0, 2.5))
     if plan.question:
-        _ask(plan, library, mix, turns, at)
+        _ask(asks, plan, library, mix, turns, at + 1.0, last=True)
     return _finish(plan, mix, background, turns)
 
 
@@ -185,21 +189,31 @@ def _levels(event: np.ndarray, rest: np.ndarray) -> dict[str, float]:
     }
 
 
-def _ask(plan: Plan, library: Library, mix: np.ndarray, turns: list[Turn], at: float) -> None:
-    """A voice asks about what was heard; the answer is due when it has ended."""
-    rng = np.random.default_rng([plan.seed, 1])
+def _ask(
+    rng: Rng,
+    plan: Plan,
+    library: Library,
+    mix: np.ndarray,
+    turns: list[Turn],
+    at: float,
+    last: bool = False,
+) -> float:
+    """A voice asks about what was heard so far; the answer is due when it has ended -> that time, s.
+
+    It begins `at`; the last one as late as the stream allows, if that is later.
+    """
     question = ask(rng, turns, {layer.label for layer in plan.layers})
     voice = voices.draw(rng, library.split)
     x = np.asarray(voices.speak(voice, question.text), dtype=np.float64)
     latest = plan.seconds - TAIL_S - len(x) / SAMPLE_RATE
-    begin = min(latest, max(at + 1.0, latest - rng.uniform(0, 1.5)))
+    begin = min(latest, max(at, latest - rng.uniform(0, 1.5)) if last else at)
     levels = [part.level_db for part in plan.parts] + [layer.level_db + 8 for layer in plan.layers]
     start, end = audible(x, WEAKEST)
     span = Span(question.text, str(voice), start, end, question.answer, end)
     part = Part(
-        "question", (str(voice),), 0, 0.0, min(max([*levels, -45.0]), -12.0), 0.0, question.answer, own=True
+        QUESTION, (str(voice),), 0, 0.0, min(max([*levels, -45.0]), -12.0), 0.0, question.answer, own=True
     )
-    _place(plan, part, Rendered(x, (span,)), mix, begin, turns)
+    return _place(plan, part, Rendered(x, (span,)), mix, begin, turns)
 
 
 def _finish(plan: Plan, mix: np.ndarray, background: list[Turn], turns: list[Turn]) -> Composed:

@@ -10,6 +10,7 @@ from .sequence import Reply
 from .sounds import sound_of
 from .synth import Rng
 
+QUESTION = "question"  # label of a spoken question about the stream
 ABSENT = ("siren", "dog", "crying_baby", "glass_breaking", "coughing", "doorbell", "rooster", "sneezing")
 
 
@@ -20,9 +21,11 @@ class Question:
 
 
 def _heard(turns: Sequence[dict[str, Any]]) -> list[str]:
-    """Labels in order; a string of digits counts once."""
+    """Labels in order, without earlier questions; a string of digits counts once."""
     labels: list[str] = []
     for turn in turns:
+        if turn["label"] == QUESTION:
+            continue
         if not (labels and labels[-1] == turn["label"] == "spoken_digits"):
             labels.append(turn["label"])
     return labels

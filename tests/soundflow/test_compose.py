@@ -268,7 +268,9 @@ def test_answers_about_the_past_are_true(seed: int) -> None:
     labels = [
         str(label) for label in rng.choice(["dog", "siren", "coughing", "rooster"], int(rng.integers(0, 6)))
     ]
-    question = ask(rng, [{"label": label} for label in labels], {"rooster"})
+    turns = [{"label": label} for label in labels]
+    turns.insert(len(turns) // 2, {"label": "question"})  # an earlier one is nothing to be asked about
+    question = ask(rng, turns, {"rooster"})
     said, answer = question.text, question.answer.text
     words = [sound_of(label).words for label in labels]
     if match := re.fullmatch(r"how many times did you hear (.+)\?", said):
@@ -286,6 +288,26 @@ def test_a_string_of_digits_counts_as_one_sound() -> None:
     counted = [ask(np.random.default_rng(seed), turns) for seed in range(60)]
     answers = {q.answer.text for q in counted if "times" in q.text and "digits" in q.text}
     assert answers == {"1."}
+
+
+@SPOKEN
+def test_questions_in_the_middle_leave_room_for_their_answers(library: Library) -> None:
+    mix = default_mix(library, ["history_review"])
+    asked = []
+    for index in range(12):
+        record = stream(5, index, mix, 40.0).record
+        events = [turn for turn in record["turns"] if "snr_db" in turn]
+        questions = [turn for turn in events if turn["label"] == "question"]
+        assert events[-1] is questions[-1]
+        for turn in questions:
+            assert turn["answer_s"] == turn["end_s"] <= record["duration_s"] - 0.8 + 1e-3
+            assert all(
+                other["start_s"] >= turn["end_s"] or other["end_s"] <= turn["start_s"]
+                for other in events
+                if other is not turn
+            )
+        asked.append(len(questions))
+    assert sum(asked) > len(asked)
 
 
 # ---- suitability

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 
 from fastloop.config import small
 from fastloop.mel import MelState, mel_chunk
-from fastloop.soundflow.augment import Augment, augment, centres_hz, mix, warp
-from fastloop.soundflow.batches import Batches, BatchPlan, cut, excerpt, sound_classes
+from fastloop.soundflow.augment import Augment, augment, centres_hz, draw_tempo, mix, stretch, warp
+from fastloop.soundflow.batches import Batches, BatchPlan, cut, excerpt, played, sound_classes
 from fastloop.soundflow.features import clamp, feature_set, raw_log_mel
 from fastloop.soundflow.objective import Objective, Weighting
 from fastloop.soundflow.sequence import IGNORED, due_chunk, due_replies
 from fastloop.soundflow.shards import ShardError, Stream, Turn, find_shards, parse_stream, read_streams
-from fastloop.soundflow.trainable import Trainable, initial_weights
+from fastloop.soundflow.trainable import Trainable, causal_products, initial_weights
 from fastloop.testing.cases import byte_tokenizer, random_sound
 from fastloop.testing.streams import flac, record, two_streams, write_shard
 from fastloop.testing.tolerance import relative_error
@@ -123,6 +123,46 @@ def test_mixing_adds_powers() -> None:
     repeated = torch.cat((soft, soft, soft))[:5] - 0.7
     expected = (10.0 ** loud.double() + 10.0 ** repeated.double()).log10()
     assert relative_error(mix(loud, soft, -0.7), expected) < 16 * EPS
+
+
+@pytest.mark.parametrize("tempo", [0.85, 1.2])
+def test_tempo_moves_a_click_and_its_turn_alike_and_keeps_the_pitch(tempo: float) -> None:
+    raw = torch.full((8, 40, 128), -8.0)
+    raw[3, 20, 77] = 0.0  # frame 140
+    chunks = 5
+    frames = stretch(raw, tempo, chunks).flatten(0, 1)
+    assert frames.shape == (chunks * 40, 128)
+    loudest = int(frames.amax(dim=1).argmax())
+    assert abs(loudest - 140 / tempo) <= 1
+    assert int(frames[loudest].argmax()) == 77
+    turn = played(Turn("dog", "Yes.", None, "dog", "night", 1.4, 2.0, 1.5), tempo)
+    assert [turn.start_s, turn.end_s, turn.answer_s] == pytest.approx([1.4 / tempo, 2 / tempo, 1.5 / tempo])
+
+
+def test_every_second_row_keeps_its_tempo_and_the_others_stay_in_range() -> None:
+    rng = np.random.default_rng(0)
+    tempos = [draw_tempo(Augment(tempo=0.1), rng) for _ in range(400)]
+    assert 150 < tempos.count(1.0) < 250
+    assert all(0.9 <= tempo <= 1.1 for tempo in tempos) and len(set(tempos)) > 100
+    assert draw_tempo(Augment(), rng) == 1.0
+
+
+@pytest.mark.parametrize("length", [1, 128, 129, 300])
+def test_attention_by_products_is_attention(length: int) -> None:
+    generator = torch.Generator().manual_seed(length)
+
+    def random(heads: int) -> torch.Tensor:
+        x = torch.randn(2, heads, length, 8, generator=generator, dtype=torch.float64)
+        return x.requires_grad_()
+
+    q, k, v = random(6), random(2), random(2)
+    upstream = torch.randn(q.shape, generator=generator, dtype=torch.float64)
+    found = torch.autograd.grad((causal_products(q, k, v) * upstream).sum(), (q, k, v))
+    reference = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    expected = torch.autograd.grad((reference * upstream).sum(), (q, k, v))
+    assert relative_error(causal_products(q, k, v).detach(), reference.detach()) < 1e-14
+    for one, other in zip(found, expected, strict=True):
+        assert relative_error(one, other) < 1e-13
 
 
 def test_everything_at_once_stays_finite_and_above_the_floor() -> None:
