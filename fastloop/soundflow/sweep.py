@@ -1,4 +1,4 @@
-"""One stage, trained several times with one thing changed, and what each model scores: an ablation.
+"""One stage, trained several times with one field changed, and what each model scores.
 
     python -m fastloop.soundflow.sweep nano --vary loss.control_weight=0.5,1,2 --data corpus --val corpus \\
         --steps 600 --out runs/lambda
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,19 +34,20 @@ from .truth import Pair, read_truth
 SHOWN = ("f1", "sound_f1", "digits_f1", "word_error_rate", "false_triggers_per_hour", "silent_clips_right")
 
 
-def changed(stage: Stage, field: str, value: Any, steps: int) -> Stage:
-    """The stage with `a.b` = value, `steps` long, the last third of them at a falling rate."""
+def changed(stage: Stage, changes: Mapping[str, Any], steps: int) -> Stage:
+    """The stage with every `a.b` at its new value, `steps` long, the last third at a falling rate."""
     values = dataclasses.asdict(stage) | {"steps": steps, "decay": steps // 3, "warmup": min(100, steps // 6)}
-    *path, leaf = field.split(".")
-    place = values
-    for name in path:
-        if not isinstance(place.get(name), dict):
-            raise ConfigError(f"--vary {field}: stage {stage.name!r} has no {name}")
-        place = place[name]
-    if leaf not in place:
-        raise ConfigError(f"--vary {field}: unknown; known are {', '.join(sorted(place))}")
-    place[leaf] = value
-    return stage_from(values, f"--vary {field}={value}")
+    for name, value in changes.items():
+        *path, leaf = name.split(".")
+        place = values
+        for part in path:
+            if not isinstance(place.get(part), dict):
+                raise ConfigError(f"{name}: stage {stage.name!r} has no {part}")
+            place = place[part]
+        if leaf not in place:
+            raise ConfigError(f"{name}: unknown; known are {', '.join(sorted(place))}")
+        place[leaf] = value
+    return stage_from(values, ", ".join(f"{name}={value}" for name, value in changes.items()) or stage.name)
 
 
 def train_and_score(
@@ -89,8 +90,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found: dict[str, Scores] = {}
     for text in values.split(","):
         data = [Path(text)] if field == "data" else given.data
-        name, value = ("seed", stage.seed) if field == "data" else (field, yaml.safe_load(text))
-        one = changed(stage, name, value, given.steps)
+        one = changed(stage, {} if field == "data" else {field: yaml.safe_load(text)}, given.steps)
         found[text] = train_and_score(one, data, given.out / text.replace("/", "_"), given.source, val)
         write_json(given.out / "sweep.json", {"vary": field, "steps": given.steps, "values": found})
         (given.out / "sweep.md").write_text(table(field, found), encoding="utf-8")

@@ -1,0 +1,105 @@
+"""What each part of SoundFlow is worth, at nano scale: one table, one command.
+
+    python -m fastloop.soundflow.ablation --clips manifest.jsonl --out runs/ablation --hours 3 --steps 800
+
+Builds three corpora (as shipped, without TFJP, without event selection) and a validation corpus, trains the
+stage once as it is and once with each thing changed, from the same seed for the same number of steps of the
+same seconds of sound, and scores all on the same validation streams. Whatever is complete in --out is not
+done again. `ablation.md` and `ablation.json` hold the table.
+
+The rows are those of the paper (arXiv 2606.05121): TFJP, hierarchical event selection, lambda, chunk length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .builder import build
+from .evaluate import Scores
+from .scorecard import write_json
+from .stage import Stage, read_stage
+from .sweep import changed, table, train_and_score
+from .truth import read_truth
+from .workshop import BuildConfig
+
+CORPORA: dict[str, dict[str, Any]] = {
+    "shipped": {},
+    "without_tfjp": {"tfjp": False},
+    "without_selection": {"planner": "random"},
+}
+TRAIN_SEED, VAL_SEED = 20, 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: fields of the stage that are changed, and the corpus."""
+
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    corpus: str = "shipped"
+
+
+def rows(stage: Stage) -> dict[str, Row]:
+    """All lines. With another chunk, a batch holds as many seconds."""
+    if stage.model is None:
+        raise ValueError(f"stage {stage.name!r} makes no model: an ablation starts from random weights")
+    frames = stage.model.chunk_frames
+
+    def chunk(to: int) -> Row:
+        seconds = {
+            f"{name}.chunks": plan.chunks * frames // to
+            for name, plan in (("batch", stage.batch), ("late", stage.late))
+            if plan is not None
+        }
+        return Row({"model.chunk_frames": to, **seconds})
+
+    return {
+        "as shipped": Row(),
+        "without TFJP": Row(corpus="without_tfjp"),
+        "without event selection": Row(corpus="without_selection"),
+        "lambda 0.5": Row({"loss.control_weight": 0.5}),
+        "lambda 2": Row({"loss.control_weight": 2.0}),
+        "chunks of 0.2 s": chunk(frames // 2),
+        "chunks of 0.8 s": chunk(frames * 2),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fastloop.soundflow.ablation", description=__doc__)
+    parser.add_argument("--clips", type=Path, required=True, help="manifest of clips")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--stage", default="nano", help="a stage of the package, or a YAML file")
+    parser.add_argument("--steps", type=int, default=800, help="of each training")
+    parser.add_argument("--hours", type=float, default=3.0, help="of each training corpus")
+    parser.add_argument("--val-hours", type=float, default=1.0)
+    parser.add_argument("--tasks", default="", help="sub-tasks, as of `fastloop data build`")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="processes that build corpora")
+    given = parser.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    tasks = tuple(name for name in given.tasks.split(",") if name)
+    common = BuildConfig(str(given.clips), seed=TRAIN_SEED, hours=given.hours, tasks=tasks)
+    for name, settings in CORPORA.items():
+        build(dataclasses.replace(common, **settings), given.out / name, given.workers)
+    held_out = dataclasses.replace(common, split="val", seed=VAL_SEED, hours=given.val_hours)
+    build(held_out, given.out / "shipped", given.workers)
+    val = read_truth([given.out / "shipped"], "val", print)
+    stage = read_stage(given.stage)
+    found: dict[str, Scores] = {}
+    for name, row in rows(stage).items():
+        one = changed(stage, row.changes, given.steps)
+        run = given.out / "runs" / name.replace(" ", "_")
+        found[name] = train_and_score(one, [given.out / row.corpus], run, None, val)
+        write_json(given.out / "ablation.json", {"steps": given.steps, "hours": given.hours, "rows": found})
+        (given.out / "ablation.md").write_text(table("model", found), encoding="utf-8")
+    print(table("model", found))
+
+
+if __name__ == "__main__":
+    main()
