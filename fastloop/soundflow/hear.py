@@ -6,15 +6,15 @@ decision it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from ..checkpoint import Model
 from ..config import SAMPLE_RATE
-from ..engine import Engine
-from ..errors import FastloopError
+from ..engine import Engine, Session
+from ..errors import CapacityError, FastloopError
 from ..events import Event, Failed, ResponseEnd, ResponseStart
 from ..options import DecisionPolicy, EngineConfig, SessionConfig
 
@@ -60,21 +60,58 @@ def hear(
     progress is told how many sounds are done. FastloopError where a session failed.
     """
     found: list[list[Answer]] = [[] for _ in sounds]
-    order = sorted(range(len(sounds)), key=lambda i: len(sounds[i]))  # equal lengths end together
-    for first in range(0, len(order), how.sessions):
-        group = order[first : first + how.sessions]
-        longest_s = len(sounds[group[-1]]) / SAMPLE_RATE
-        options = how.session(longest_s)
-        with Engine(model, EngineConfig(max_sessions=len(group))) as engine:
-            sessions = [engine.open(options) for _ in group]
-            for session, index in zip(sessions, group, strict=True):
-                session.push(sounds[index])
-                session.flush()
-            engine.run_until_idle()
-            for session, index in zip(sessions, group, strict=True):
-                found[index] = _answers(session.poll())
-        progress(min(first + how.sessions, len(order)))
+    order = sorted(range(len(sounds)), key=lambda i: len(sounds[i]))  # those side by side end together
+    streams = (Told(i, sounds[i], how.session(len(sounds[i]) / SAMPLE_RATE)) for i in order)
+    if not found:
+        return found
+    with Engine(model, EngineConfig(max_sessions=min(how.sessions, len(sounds)))) as engine:
+        for done, (index, answers) in enumerate(converse(engine, streams), start=1):
+            found[index] = answers
+            progress(done)
     return found
+
+
+@dataclass(frozen=True)
+class Told:
+    """A sound, float32 [S] at 16 kHz, that a session is told at once, and which one of the caller's it is."""
+
+    index: int
+    pcm: np.ndarray
+    options: SessionConfig
+
+
+def converse(engine: Engine, streams: Iterable[Told]) -> Iterator[tuple[int, list[Answer]]]:
+    """As many streams side by side as the engine takes; (index, answers) of each as it ends.
+
+    The next one is drawn from `streams` when a session is free, so their sounds need not fit in memory.
+    FastloopError where a session failed, or where a stream alone needs more than the whole engine.
+    """
+    waiting, running = iter(streams), dict[int, Session]()
+    coming = next(waiting, None)
+    while coming is not None or running:
+        while coming is not None:
+            try:
+                session = engine.open(coming.options)
+            except CapacityError as error:
+                if not running:
+                    seconds = len(coming.pcm) / SAMPLE_RATE
+                    raise FastloopError(
+                        f"{seconds:.0f} s of sound need more than all {engine.config.max_sessions} "
+                        f"sessions: allow more of them ({error})"
+                    ) from error
+                break
+            session.push(coming.pcm)
+            session.flush()
+            running[coming.index] = session
+            coming = next(waiting, None)
+        worked = engine.step()
+        ended = [i for i, session in running.items() if session.idle or session.closed]
+        if not (worked or ended):
+            raise FastloopError(f"{len(running)} sessions are not done, and none of them can go on")
+        for index in ended:
+            session = running.pop(index)
+            session.close()
+            yield index, _answers(session.poll())
 
 
 def _answers(events: Iterable[Event]) -> list[Answer]:

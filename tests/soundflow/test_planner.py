@@ -174,7 +174,7 @@ def test_an_answer_against_the_grammar_is_refused_with_its_reason_and_tried_agai
     assert [b.label for b in outline.beats] == ["dog"]
     assert "'dragon' is none of the events" in str(endpoint.asked[1]["messages"])
     endpoint.answers = ["{}", "{}", "{}"]
-    with pytest.raises(DataError, match="no usable plan in 3 tries"):
+    with pytest.raises(DataError, match="no usable answer in 3 tries"):
         planner.outline(np.random.default_rng(0), sub_task("sound_alert"), 25.6)
 
 
