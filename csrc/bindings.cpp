@@ -151,6 +151,7 @@ PYBIND11_MODULE(_native, m) {
              py::arg("scale") = 0, py::arg("group") = 0)
         .def_property_readonly("nbytes", [](const Weight& w) { return fastloop_weight_bytes(w.handle.get()); });
     bind_ops(m);
+    bind_cuda(m);
     py::class_<Encoder>(m, "Encoder", "fastloop_encoder.")
         .def(py::init<const py::dict&, const std::vector<py::dict>&, const char*>(), py::arg("fields"), py::arg("layers"),
              py::arg("isa") = py::none())

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
 
 #include "fastloop.h"
 
@@ -17,8 +18,9 @@ T* pointer(std::uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// ValueError with what the library says of a call that failed; in the thread that made it.
+// ValueError with what the library says of a call that failed, RuntimeError where a GPU did; in the thread that made it.
 inline void check(fastloop_status status) {
+    if (status == FASTLOOP_DEVICE_ERROR) throw std::runtime_error(fastloop_last_error());
     if (status != FASTLOOP_OK) throw py::value_error(fastloop_last_error());
 }
 
@@ -71,3 +73,6 @@ struct Weight {
 
 // fastloop._native.<op> for every op.
 void bind_ops(py::module_& m);
+
+// fastloop._native.cuda: modules and ops of fastloop_cuda.h.
+void bind_cuda(py::module_& m);

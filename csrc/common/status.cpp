@@ -12,4 +12,5 @@ fastloop_status report(fastloop_status status, const char* message) noexcept {
 }  // namespace fastloop
 
 extern "C" int fastloop_abi_version(void) { return FASTLOOP_ABI_VERSION; }
+extern "C" int fastloop_abi_minor(void) { return FASTLOOP_ABI_MINOR; }
 extern "C" const char* fastloop_last_error(void) { return last_error; }

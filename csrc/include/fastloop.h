@@ -11,7 +11,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#define FASTLOOP_ABI_VERSION 2
+#define FASTLOOP_ABI_VERSION 2 /* changes when what is here changes its meaning */
+#define FASTLOOP_ABI_MINOR 1   /* grows when something is added: 1 added CUDA (fastloop_cuda.h) */
 
 #if defined(__GNUC__)
 #define FASTLOOP_API __attribute__((visibility("default")))
@@ -27,11 +28,15 @@ typedef enum fastloop_status {
     FASTLOOP_OK = 0,
     FASTLOOP_BAD_ARGUMENT = 1, /* a null pointer, a size, a value; fastloop_last_error() names it */
     FASTLOOP_BAD_STATE = 2,    /* slots or state that cannot be continued in this way */
-    FASTLOOP_UNSUPPORTED = 3   /* not on this machine, or a newer ABI than this library's */
+    FASTLOOP_UNSUPPORTED = 3,  /* not on this machine, or a newer ABI than this library's */
+    FASTLOOP_DEVICE_ERROR = 4  /* the CUDA driver refused; what is queued on the device may be lost */
 } fastloop_status;
 
 /* FASTLOOP_ABI_VERSION of the library that is loaded; refuse to call one that differs. */
 FASTLOOP_API int fastloop_abi_version(void);
+
+/* FASTLOOP_ABI_MINOR of it; refuse one that is less than your header's. */
+FASTLOOP_API int fastloop_abi_minor(void);
 
 /* What the last failed call of this thread said; valid until its next failed call. Never NULL. */
 FASTLOOP_API const char* fastloop_last_error(void);
@@ -378,4 +383,6 @@ FASTLOOP_API fastloop_status fastloop_ceiling(int32_t kind, fastloop_team* team,
 #ifdef __cplusplus
 }
 #endif
+
+#include "fastloop_cuda.h"
 #endif
