@@ -24,6 +24,7 @@ from .sequence import build, due_chunk, due_replies, plan
 from .shards import Stream, Turn
 
 LONGEST_EXCERPT = 40  # chunks
+ANYWHERE = 0.2  # of excerpts are around no answer
 RARE = 20  # a reply that fewer turns give has no class of its own
 
 
@@ -32,9 +33,10 @@ class BatchPlan:
     """How a batch is drawn.
 
     chunks: in a batch. rows_s: lengths of a row in seconds; a batch has one of them.
-    balance: 0 draws streams alike, 1 so that every class of answer comes up alike.
+    balance: 0 draws streams (for excerpts, answers) alike, 1 so that every class of answer comes up alike.
     excerpts: chance that a row is made of excerpts: a few seconds around an answer, of many streams, cut
-        and joined at chunks. Answers are rare in whole streams; here they come three times as often.
+        and joined at chunks. Answers are rare in whole streams; here they are frequent.
+    around: most chunks of an excerpt before the answer, and from it on.
     other_prompt: chance that a row has another system prompt than the model's own.
     """
 
@@ -42,6 +44,7 @@ class BatchPlan:
     rows_s: tuple[float, ...] = (12.8, 25.6)
     balance: float = 0.5
     excerpts: float = 0.0
+    around: int = 6
     other_prompt: float = 0.3
 
     def __post_init__(self) -> None:
@@ -84,6 +87,22 @@ class Batches:
         self.seed, self.plan, self.augment, self.prompts = seed, plan, augment, tuple(prompts)
         self.silent = [i for i, stream in enumerate(features.streams) if stream.silent]
         self.weights = self._weights()
+        self.answers, self.chances = self._answers()
+
+    def _answers(self) -> tuple[list[tuple[int, int]], np.ndarray]:
+        """What excerpts are made around: (stream, chunk) of every answer but those to questions, and the
+        chance of each: count^-balance of its class.
+        """
+        places, classes = [], []
+        for index, stream in enumerate(self.features.streams):
+            last = self.features.chunks(index) - 1
+            for turn in stream.turns:
+                if turn.answer_s is not None and turn.label != QUESTION:
+                    places.append((index, min(last, due_chunk(turn.answer_s, self.config.chunk_seconds))))
+                    classes.append(turn_class(turn, self.classes))
+        counts = Counter(classes)
+        chances = np.array([counts[c] ** -self.plan.balance for c in classes])
+        return places, chances / chances.sum()
 
     def _weights(self) -> np.ndarray:
         """Chance of each stream [streams]: the mean of count^-balance over the classes of its answers."""
@@ -124,10 +143,12 @@ class Batches:
         have, wanted, chunk_s = 0, math.ceil(length * tempo), self.config.chunk_seconds
         short = rng.random() < self.plan.excerpts
         while have < wanted:
-            index = int(rng.choice(len(self.weights), p=self.weights))
+            if short:
+                index, first, end = self._excerpt(rng)
+            else:
+                index, first = int(rng.choice(len(self.weights), p=self.weights)), 0
+                end = self.features.chunks(index)
             stream = self.features.streams[index]
-            chunks = self.features.chunks(index)
-            first, end = excerpt(stream, chunks, chunk_s, rng) if short else (0, chunks)
             turns += [shifted(turn, have * chunk_s) for turn in cut(stream.turns, first, end, chunk_s)]
             parts.append(self.features.raw(index, first, end))
             have += end - first
@@ -135,6 +156,21 @@ class Batches:
         if tempo != 1:
             raw, turns = stretch(raw, tempo, length), [played(turn, tempo) for turn in turns]
         return raw, [turn for turn in turns if turn.start_s < length * chunk_s]
+
+    def _excerpt(self, rng: np.random.Generator) -> tuple[int, int, int]:
+        """Stream, first chunk, end: around one of the answers, or, for the sake of what else there is to
+        hear, anywhere.
+        """
+        around = self.plan.around
+        before, after = int(rng.integers(1, around + 1)), int(rng.integers(2, max(around, 2) + 1))
+        if self.answers and rng.random() >= ANYWHERE:
+            index, at = self.answers[int(rng.choice(len(self.chances), p=self.chances))]
+        else:
+            index = int(rng.integers(len(self.features.streams)))
+            at = int(rng.integers(self.features.chunks(index)))
+        chunks = self.features.chunks(index)
+        stream, chunk_s = self.features.streams[index], self.config.chunk_seconds
+        return index, *excerpt(stream, chunks, chunk_s, at - before, at + after)
 
     def _noise(self, rng: np.random.Generator) -> Tensor | None:
         return self.features.raw(int(rng.choice(self.silent))) if self.silent else None
@@ -149,19 +185,15 @@ class Batches:
         return torch.from_numpy(active.reshape(chunks, -1))
 
 
-def excerpt(stream: Stream, chunks: int, chunk_s: float, rng: np.random.Generator) -> tuple[int, int]:
-    """Chunks first..end around one of the stream's answers, or anywhere in it where it has none; the whole
-    stream where what is asked or still sounding would have to be cut.
+def excerpt(stream: Stream, chunks: int, chunk_s: float, first: int, end: int) -> tuple[int, int]:
+    """The chunks first..end of a stream of `chunks`, or more, where a sound that was answered would be cut;
+    the whole stream where that is long or a question is in it.
 
     No sound that was answered before the excerpt is heard in it: there it would look unanswered. A question
     is never in it: what it asks about would be missing.
     """
     due = [turn for turn in stream.turns if turn.answer_s is not None]
-    before, after = int(rng.integers(1, 7)), int(rng.integers(2, 7))
-    at = int(rng.integers(chunks))
-    if due:
-        at = due_chunk(due[int(rng.integers(len(due)))].answer_s or 0.0, chunk_s)
-    first, end = max(0, at - before), min(chunks, at + after)
+    first, end = max(0, first), min(chunks, end)
     for turn in sorted(due, key=lambda turn: -turn.start_s):
         if turn.start_s < first * chunk_s < turn.end_s:
             first = int(turn.start_s / chunk_s)

@@ -16,7 +16,7 @@ from fastloop.config import small
 from fastloop.mel import MelState, mel_chunk
 from fastloop.soundflow.augment import Augment, augment, centres_hz, draw_tempo, mix, stretch, warp
 from fastloop.soundflow.batches import Batches, BatchPlan, cut, excerpt, played, sound_classes
-from fastloop.soundflow.features import clamp, feature_set, raw_log_mel
+from fastloop.soundflow.features import FeatureSet, clamp, feature_set, raw_log_mel
 from fastloop.soundflow.objective import Objective, Weighting
 from fastloop.soundflow.sequence import IGNORED, due_chunk, due_replies
 from fastloop.soundflow.shards import ShardError, Stream, Turn, find_shards, parse_stream, read_streams
@@ -308,7 +308,8 @@ def dense_stream(seed: int) -> Stream:
 @given(st.integers(0, 10_000))
 def test_an_excerpt_asks_for_nothing_that_cannot_be_known_from_it(seed: int) -> None:
     stream = dense_stream(seed)
-    first, end = excerpt(stream, 100, 0.4, np.random.default_rng(seed))
+    at = int(np.random.default_rng(seed).integers(100))
+    first, end = excerpt(stream, 100, 0.4, at - seed % 5, at + 1 + seed % 7)
     assert 0 <= first < end <= 100
     if (first, end) == (0, 100):
         return
@@ -324,3 +325,28 @@ def test_an_excerpt_asks_for_nothing_that_cannot_be_known_from_it(seed: int) -> 
         assert turn.answer_s is None or due_chunk(turn.answer_s, 0.4) < end - first
     answered = [t for t in stream.turns if t.answer_s and first <= due_chunk(t.answer_s, 0.4) < end]
     assert sum(turn.reply is not None for turn in inside) == len(answered)
+
+
+@pytest.mark.parametrize(("balance", "share"), [(0.0, 3 / 33), (1.0, 1 / 2)])
+def test_excerpts_are_around_answers_and_balance_makes_their_classes_alike(
+    balance: float, share: float
+) -> None:
+    def lone(label: str, count: int) -> Stream:
+        starts = [4.0 * i + 1 for i in range(count)]
+        turns = [Turn(label, label, None, label, "", t, t + 0.5, t + 0.3) for t in starts]
+        return Stream(label, "street", "a", "b", "train", 4.0 * count, tuple(turns))
+
+    streams = (lone("dog", 30), lone("siren", 3))
+    frames = np.zeros((330, 40, 128), np.float16)
+    features = FeatureSet(streams, ((0, 300), (300, 330)), frames)
+    config, plan = small(), BatchPlan(chunks=12, excerpts=1.0, balance=balance, around=2)
+    tokenizer = byte_tokenizer(config.decoder.vocab)
+    batches = Batches(config, tokenizer, features, sound_classes(streams, rare=1), seed=0, plan=plan,
+                      augment=Augment())  # fmt: skip
+    rng = np.random.default_rng(0)
+    drawn = [batches._excerpt(rng) for _ in range(600)]
+    assert all(0 <= first < end <= features.chunks(index) and end - first <= 5 for index, first, end in drawn)
+    due = [[due_chunk(turn.answer_s or 0.0, 0.4) for turn in stream.turns] for stream in streams]
+    around = [index for index, first, end in drawn if any(first <= at < end for at in due[index])]
+    assert len(around) > 0.8 * len(drawn)
+    assert sum(around) / len(around) == pytest.approx(0.8 * share + 0.2 / 2, abs=0.07)
