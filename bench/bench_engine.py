@@ -5,7 +5,8 @@ pytest bench/bench_engine.py --benchmark-only
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 from fastloop import ops
 from fastloop.config import small
 from fastloop.engine import Engine
-from fastloop.engine.runner import StepBatch, StepResult
+from fastloop.engine.runner import Round, StepBatch, StepResult
 from fastloop.options import DecisionPolicy, EngineConfig, SessionConfig
 from fastloop.testing.cases import random_model, random_sound
 
@@ -24,8 +25,11 @@ from fastloop.testing.cases import random_model, random_sound
 class NoModel:
     """A runner that computes nothing but the policy: what is left is the engine."""
 
+    depth = 1
+
     def __init__(self) -> None:
         self.engine: Engine | None = None
+        self.results: deque[StepResult] = deque()
         self.head = torch.tensor([[1.0], [-1.0]])
 
     def open(self, slot: int) -> None: ...
@@ -34,16 +38,22 @@ class NoModel:
 
     def prefill(self, ids: Sequence[int], pages: Sequence[int]) -> None: ...
 
-    def hear(self, pcm: np.ndarray, slots: Sequence[int], edge: str) -> Tensor:
-        return torch.empty(len(slots), 1)
+    def prepare(self, name: str, work: Callable[[], None]) -> None:
+        work()
 
-    def encode(self, frames: Tensor) -> Tensor:
-        return torch.empty(len(frames), 10, 1)
+    def settle(self, name: str, work: Callable[[], None]) -> None:
+        work()
+
+    def perceive(self, rounds: Sequence[Round]) -> Tensor:
+        return torch.empty(sum(len(r.slots) for r in rounds), 10, 1)
 
     def encode_clip(self, pcm: np.ndarray) -> Tensor:
         return torch.empty(1, 1)
 
-    def step(self, batch: StepBatch) -> StepResult:
+    def collect(self) -> StepResult:
+        return self.results.popleft()
+
+    def submit(self, batch: StepBatch) -> None:
         assert self.engine is not None
         for array in vars(batch).values():  # what a runner hands to the device
             if isinstance(array, np.ndarray):
@@ -59,7 +69,7 @@ class NoModel:
             decisions.policy,
             decisions.state,
         )
-        return StepResult(p.tolist(), decision.tolist(), [0] * len(batch.draw_rows))
+        self.results.append(StepResult(p.tolist(), decision.tolist(), [0] * len(batch.draw_rows)))
 
 
 @pytest.mark.parametrize("sessions", [1, 64])

@@ -169,6 +169,8 @@ class EngineConfig:
     precision: of the weights, native only: "float32", "bfloat16", "int8", "int4"; "auto" keeps the
         checkpoint's. With int8, int4 and bfloat16 the KV pages are bfloat16.
     threads: of the native runner; None takes torch's number.
+    ahead: whether a step is begun before the results of the one before it are taken, where the runner can
+        ("captured"); the results are the same.
     """
 
     max_sessions: int = 8
@@ -180,6 +182,7 @@ class EngineConfig:
     runner: str = "auto"
     precision: str = "auto"
     threads: int | None = None
+    ahead: bool = True
 
     def __post_init__(self) -> None:
         where = "EngineConfig"
@@ -194,6 +197,8 @@ class EngineConfig:
         _choice(where, "precision", self.precision, PRECISIONS)
         if self.threads is not None:
             _range(where, "threads", self.threads, 1, 256, int)
+        if not isinstance(self.ahead, bool):
+            raise ConfigError(f"{where}.ahead: must be true or false, got {self.ahead!r}")
         if self.precision != "auto" and self.runner in ("eager", "captured"):
             raise ConfigError(
                 f"{where}.precision: the {self.runner} runner keeps the checkpoint's; leave it at 'auto'"

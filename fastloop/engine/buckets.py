@@ -26,6 +26,11 @@ ROWS = (16, 32, 64, 128, 208)
 LEAST_DRAWS = 16  # rows of the whole vocabulary's head: one tile
 LEAST_PAGES = 8  # columns of the block table
 
+# Chunks of one pass of the encoder at most: 64 chunks are 1,280 rows, where arithmetic decides and a larger
+# pass saves nothing.
+MOST_CHUNKS = 64
+SPARE_STREAMS = MOST_CHUNKS  # slots of the mel state that padded streams of one edge need while capturing
+
 
 @dataclass(frozen=True, order=True)
 class Bucket:
@@ -45,6 +50,7 @@ class Bucket:
         whole, index, real = (np.dtype(kind) for kind in (np.int64, np.int32, np.float32))
         return {
             "ids": (whole, (n,)),
+            "feed_slots": (whole, (n,)),
             "positions": (whole, (n,)),
             "slots": (whole, (n,)),
             "row_starts": (index, (n + 1,)),
@@ -55,6 +61,7 @@ class Bucket:
             "decide_rows": (whole, (r,)),
             "decide_slots": (whole, (r,)),
             "draw_rows": (whole, (t,)),
+            "draw_slots": (whole, (t,)),
             "draw_phase": (whole, (t,)),
             "temperature": (real, (t,)),
             "top_k": (whole, (t,)),
@@ -73,6 +80,17 @@ def rows_bucket(rows: int) -> int:
     if rows < 1:
         raise ValueError(f"rows_bucket: a step has at least one row, got {rows}")
     return next(size for size in _row_sizes() if size >= rows)
+
+
+def chunks_bucket(chunks: int) -> int:
+    """The least power of two that holds so many chunks, at most MOST_CHUNKS.
+
+    >>> [chunks_bucket(n) for n in (1, 2, 3, 33, 64)]
+    [1, 2, 4, 64, 64]
+    """
+    if not 1 <= chunks <= MOST_CHUNKS:
+        raise ValueError(f"chunks_bucket: a pass has 1 to {MOST_CHUNKS} chunks, got {chunks}")
+    return _doubled(1, chunks)
 
 
 def _row_sizes() -> Iterator[int]:
@@ -143,10 +161,12 @@ def clear(out: Mapping[str, np.ndarray], spare_slot: int) -> None:
     rows = len(out["ids"])
     for array in out.values():
         array.fill(0)
+    out["feed_slots"].fill(-1)
     out["slots"].fill(-1)
     out["audio_index"].fill(-1)
     out["top_p"].fill(1)
     out["decide_slots"].fill(spare_slot)
+    out["draw_slots"].fill(spare_slot)
     out["row_starts"][:] = np.arange(rows + 1)
     out["kv_lens"].fill(1)
     out["gaps"].fill(1)

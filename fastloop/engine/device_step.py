@@ -36,12 +36,17 @@ def graph_backends() -> str:
 
 @dataclass(frozen=True)
 class DeviceStep:
-    """The step of one model over one KV pool and one table of decision states."""
+    """The step of one model over one KV pool, one table of decision states and one of drawn tokens.
+
+    A step leaves each token it draws in `last`, at its session's slot, where the next step can take it from
+    before the host has seen it.
+    """
 
     model: Model
     cache: KVCache
     decisions: DecisionState
     banned: Tensor  # bool [2, V]
+    last: Tensor  # int64 [Z], the token each session has drawn last; Z as many as decision states
 
     @torch.inference_mode()
     def run(self, buffers: StepBuffers) -> None:
@@ -58,12 +63,18 @@ class DeviceStep:
             made["decisions"].copy_(decisions)
             if buffers.bucket.draws:
                 logits = decoder.logits(hidden[given["draw_rows"]])
-                made["drawn"].copy_(self._sample(logits, given))
+                drawn = self._sample(logits, given)
+                made["drawn"].copy_(drawn)
+                self.last[given["draw_slots"]] = drawn
 
     def _rows(self, buffers: StepBuffers) -> Tensor:
         """The rows' embeddings [N, D], or the audio tokens that stand in their place."""
-        index = buffers.given["audio_index"]
-        own = self.model.decoder.embed(buffers.given["ids"])
+        given = buffers.given
+        index, feeds = given["audio_index"], given["feed_slots"]
+        drawn = self.last[feeds.clamp(min=0)].clamp(
+            min=0
+        )  # -1: it was not finite, and nobody takes the result
+        own = self.model.decoder.embed(torch.where(feeds >= 0, drawn, given["ids"]))
         heard = buffers.audio[index.clamp(min=0)].to(own.dtype)
         return torch.where((index >= 0)[:, None], heard, own)
 
@@ -74,8 +85,8 @@ class DeviceStep:
 
     def static(self, buffers: StepBuffers) -> dict[str, Tensor]:
         """What the step reads and writes at fixed addresses."""
-        state = {"k_pages": self.cache.k_pages, "v_pages": self.cache.v_pages, "state": self.decisions.state}
-        return buffers.static | state
+        cache, state = self.cache, {"state": self.decisions.state, "last": self.last}
+        return buffers.static | state | {"k_pages": cache.k_pages, "v_pages": cache.v_pages}
 
     def constants(self) -> Iterator[Tensor]:
         """What the step only reads."""

@@ -12,8 +12,10 @@ any thread at any time.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
+from collections import deque
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +30,10 @@ from ..options import EngineConfig, SessionConfig
 from ..text import prefix_ids
 from . import perceive, scheduler, snapshot
 from .admission import ORDERS
+from .buckets import SPARE_STREAMS
 from .kv_cache import KVCache, KVSequence, pages_for
 from .memory import MemoryPlan, memory_plan, session_pages
-from .protocol import Stream
+from .protocol import Item, Stream
 from .runner import Runner
 from .runners import kv_dtype, make_runner
 from .sequences import Sequences, StepItem
@@ -61,14 +64,17 @@ class Engine:
         )
         # One slot more than sessions: a captured step puts its padding there.
         self._decisions = DecisionState(self.config.max_sessions + 1, model.device)
-        self._mel = MelState.empty(self.config.max_sessions, device=model.device)
+        slots = self.config.max_sessions + 2 * SPARE_STREAMS  # as above, for captured perception
+        self._mel = MelState.empty(slots, device=model.device)
         self.runner = runner or make_runner(self.config, model, self.cache, self._decisions, self._mel)
         self._sessions: dict[int, Session] = {}
+        self.cache.order = lambda name, work: self.runner.prepare(name, work)
         self._sequences = Sequences(self)
         self._prefixes: dict[tuple[int, ...], Prefix] = {}
         self._free_slots = list(range(self.config.max_sessions - 1, -1, -1))
         self._next_id = 0
         self._closing: set[Session] = set()
+        self._ahead: deque[list[Item]] = deque()  # the items of each step on its way, the oldest first
         self._closing_lock = threading.Lock()
         self._step_lock = threading.Lock()
         self.work = threading.Event()  # set when there may be something to do
@@ -98,14 +104,18 @@ class Engine:
         return self.restore(self.snapshot(session))
 
     def snapshot(self, session: Session) -> bytes:
-        """A session's whole state as bytes; waits for the step in progress."""
+        """A session's whole state as bytes; waits for the step in progress and for those on their way."""
         if session._engine is not self:
             raise ValueError(
                 f"session {session.id} belongs to another engine; call its own snapshot() or fork()"
             )
         with self._step_lock:
             session._check_open("snapshot")
-            return snapshot.dump(session)
+            self._collect_all()
+            session._check_open("snapshot")  # what was on its way may have ended it
+            taken: list[bytes] = []
+            self.runner.settle("snapshot", lambda: taken.append(snapshot.dump(session)))
+            return taken[0]
 
     def restore(self, data: bytes) -> Session:
         """Open the session of a snapshot taken from the same model. SnapshotError, CapacityError."""
@@ -113,7 +123,7 @@ class Engine:
         with self._step_lock:
             session = self._admit(state.config)
             try:
-                snapshot.fill(session, state)
+                self.runner.settle("restore", lambda: snapshot.fill(session, state))
             except BaseException:
                 self._release(session)
                 raise
@@ -159,7 +169,8 @@ class Engine:
         self._prefixes[ids] = prefix
         slot = self._free_slots.pop()
         self.runner.open(slot)
-        self._decisions.reset(slot, config.policy, self.model.config.chunk_seconds)
+        policy, seconds = config.policy, self.model.config.chunk_seconds
+        self.runner.prepare("open", lambda: self._decisions.reset(slot, policy, seconds))
         kv = KVSequence(self.cache, lease, prefix.pages, prefix.length)
         stream = Stream(self.model, self._next_id, slot, config, kv, lambda: self._fail(session))
         session = Session(self, stream)
@@ -195,9 +206,13 @@ class Engine:
             self._release(session)
 
     def _release(self, session: Session) -> None:
-        """Under the step lock: pages, slot and prefix of a session go back. Idempotent."""
+        """Under the step lock: pages, slot and prefix of a session go back. Idempotent.
+
+        What a step on its way still writes there comes before whatever their next owner does.
+        """
         if self._sessions.pop(session.id, None) is None:
             return
+        session.stream.retract()
         session.stream.kv.lease.close()
         freed = set(self.cache.allocator.release(session.stream.kv.prefix_pages))
         if freed:
@@ -209,7 +224,11 @@ class Engine:
     def step(self) -> int:
         """Perceive what is queued and run one ragged pass of the decoder.
 
-        Returns the number of chunks perceived plus sequences advanced; 0 means there is nothing to do now.
+        With a runner that takes steps ahead (EngineConfig.ahead), a pass is begun here and its results are
+        taken by the next call, behind the beginning of the next pass.
+
+        Returns the number of chunks perceived plus sequences begun or ended; 0 means there is nothing to do
+        now, and nothing on its way.
         """
         with self._step_lock:
             self._reap_held()
@@ -222,7 +241,7 @@ class Engine:
             try:
                 work = perceive.perceive(self) + self._decode()
             except Exception as error:
-                self._failure = f"{type(error).__name__}: {error}"
+                self._fall(error)
                 raise
             if work:
                 self.counters.step_seconds.append(time.monotonic() - begun)
@@ -250,25 +269,62 @@ class Engine:
         return self._sequences.step(items, max_steps)
 
     def _decode(self) -> int:
+        """Submit the next step; collect the oldest one where there is no next, or no place for more."""
+        begun = self._submit()
+        if self._ahead and (not begun or len(self._ahead) >= self._depth):
+            return begun + self._collect()
+        return begun
+
+    @property
+    def _depth(self) -> int:
+        return self.runner.depth if self.config.ahead else 1
+
+    def _submit(self) -> int:
+        """Plan and submit one step; returns the number of its sequences."""
         last = self.counters.step_seconds[-1] if self.counters.step_seconds else 0.0
         order = ORDERS[self.config.admission]
         items = scheduler.plan(self._streams(), self.config.max_step_rows, order, time.monotonic(), last)
         if not items:
             return 0
         try:
-            result = self.runner.step(scheduler.build(items))
+            self.runner.submit(scheduler.build(items))
         except BaseException:
             for item in items:
                 item.stream.undo(item)
             raise
-        decided = scheduler.commit(items, result)
-        now = time.monotonic()
-        self.counters.latency_seconds.extend(now - chunk.arrived for chunk in decided)
-        self.counters.chunks += len(decided)
-        self.counters.text_tokens += len(result.drawn)
+        for item in items:
+            item.stream.ahead.append(item)
+        self._ahead.append(items)
         self.counters.rows += sum(len(item.ids) for item in items)
         self.counters.steps += 1
         return len(items)
+
+    def _collect(self) -> int:
+        """Take the results of the oldest step on its way; returns the number of its sequences."""
+        result = self.runner.collect()
+        items = self._ahead.popleft()
+        decided, tokens = scheduler.commit(items, result)
+        now = time.monotonic()
+        self.counters.latency_seconds.extend(now - chunk.arrived for chunk in decided)
+        self.counters.chunks += len(decided)
+        self.counters.text_tokens += tokens
+        return len(items)
+
+    def _collect_all(self) -> None:
+        """Take the results of all steps on their way. A step that fails ends the engine, as in `step`."""
+        try:
+            while self._ahead:
+                self._collect()
+        except Exception as error:
+            self._fall(error)
+            raise
+
+    def _fall(self, error: Exception) -> None:
+        """The engine cannot go on. What was on its way has no results; the sessions give back their pages."""
+        self._failure = f"{type(error).__name__}: {error}"
+        self._ahead.clear()
+        for stream in self._streams():
+            stream.retract()
 
     def _streams(self) -> list[Stream]:
         return [session.stream for session in list(self._sessions.values())]
@@ -317,6 +373,8 @@ class Engine:
         for session in sessions:
             session.close()
         self._sequences.clear()
+        with self._step_lock, contextlib.suppress(Exception):  # told by `health`
+            self._collect_all()
 
     def check(self) -> None:
         """The page books against what the sessions say; AssertionError where they differ."""

@@ -10,6 +10,7 @@ rotated forward instead (see fastloop.window), into private pages of the session
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +27,10 @@ def pages_for(tokens: int, page_tokens: int) -> int:
 
 
 class KVCache:
-    """The pool: k_pages, v_pages [L, P, Q, G, K] and the books of its pages."""
+    """The pool: k_pages, v_pages [L, P, Q, G, K] and the books of its pages.
+
+    order: runs work on the pages, given with its name, in order with the steps (Runner.prepare).
+    """
 
     def __init__(
         self, model: ModelConfig, pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device | str
@@ -36,6 +40,7 @@ class KVCache:
         self.k_pages = torch.zeros(shape, dtype=dtype, device=device)
         self.v_pages = torch.zeros(shape, dtype=dtype, device=device)
         self.page_tokens = page_tokens
+        self.order: Callable[[str, Callable[[], None]], None] = lambda name, work: work()
         self.allocator = PageAllocator(pages)
 
     @property
@@ -116,18 +121,29 @@ class KVSequence:
         self.start += count
         self._give_back(self.pages[:whole])
         del self.pages[:whole]
-        if not self.private_prefix:
+        fresh = not self.private_prefix
+        if fresh:
             self.private_prefix = self.lease.take(len(self.prefix_pages))
-            self.cache.copy_pages(self.prefix_pages, self.private_prefix)
-        self._rotate_prefix(inv_freq)
+        move = self._prefix_move(inv_freq, fresh)
+        self.cache.order("rotate", move)
 
-    def _rotate_prefix(self, inv_freq: Tensor) -> None:
-        """private prefix <- pristine prefix, its keys rotated to positions start + 0..prefix_len-1."""
-        pristine = self.cache.k_pages[:, self.prefix_pages]  # [L, pages, Q, G, K]
-        shift = torch.full((1,), self.start, device=pristine.device)
-        width = pristine.shape[-1]
-        rotated = rotate(pristine.reshape(1, -1, width), shift, inv_freq).view_as(pristine)
-        self.cache.k_pages[:, self.private_prefix] = rotated
+    def _prefix_move(self, inv_freq: Tensor, fresh: bool) -> Callable[[], None]:
+        """private prefix <- pristine prefix, its keys rotated to positions start + 0..prefix_len-1.
+
+        fresh: the values are not there yet. What this object holds now counts, whenever the move is made.
+        """
+        cache, start, source, target = self.cache, self.start, self.prefix_pages, self.private_prefix
+
+        def move() -> None:
+            if fresh:
+                cache.copy_pages(source, target)
+            pristine = cache.k_pages[:, source]  # [L, pages, Q, G, K]
+            shift = torch.full((1,), start, device=pristine.device)
+            width = pristine.shape[-1]
+            rotated = rotate(pristine.reshape(1, -1, width), shift, inv_freq).view_as(pristine)
+            cache.k_pages[:, target] = rotated
+
+        return move
 
     def check(self) -> None:
         """The lease holds the pages of this sequence and no other; AssertionError where they differ."""
@@ -163,5 +179,4 @@ class KVSequence:
             pool.flatten(1, 2)[:, slots] = content.to(pool)
         if start:
             self.private_prefix = self.lease.take(len(self.prefix_pages))
-            self.cache.copy_pages(self.prefix_pages, self.private_prefix)
-            self._rotate_prefix(inv_freq)
+            self._prefix_move(inv_freq, fresh=True)()

@@ -9,11 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .inbox import LOOKAHEAD_SAMPLES
 from .protocol import CLIP, Stream
+from .runner import Round
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -23,7 +22,7 @@ def perceive(engine: Engine) -> int:
     """Encode what is queued, at most `max_perceive_chunks` chunks, the longest wait first; returns how many
     (clips count one).
     """
-    frames: list[Tensor] = []
+    rounds: list[Round] = []
     owners: list[tuple[Stream, float]] = []
     waiting = [(since, s.id, s) for s in engine._streams() if (since := s.chunk_since) is not None]
     streams = [stream for _, _, stream in sorted(waiting, key=lambda entry: entry[:2])]
@@ -33,11 +32,11 @@ def perceive(engine: Engine) -> int:
         for edge in sorted({stream.config.edge for stream, _, _ in taken}):
             group = [entry for entry in taken if entry[0].config.edge == edge]
             pcm = np.stack([samples for _, samples, _ in group])
-            frames.append(engine.runner.hear(pcm, [stream.slot for stream, _, _ in group], edge))
+            rounds.append(Round(pcm, [stream.slot for stream, _, _ in group], edge))
             owners += [(stream, arrived) for stream, _, arrived in group]
         streams = [stream for stream, _, _ in taken]
     if owners:
-        tokens = engine.runner.encode(torch.cat(frames))
+        tokens = engine.runner.perceive(rounds)
         for (stream, arrived), chunk_tokens in zip(owners, tokens, strict=True):
             stream.hear(chunk_tokens, arrived)
     return len(owners) + _perceive_clips(engine)

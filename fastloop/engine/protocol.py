@@ -9,6 +9,10 @@ step's rows. Sound that arrives during a response is perceived at once and queue
 
 A stream plans an item for a step, and commits or undoes it. All of it happens under the engine's step
 lock; what other threads do (push, cancel, poll) goes through the inbox and the outbox.
+
+Where steps are submitted ahead of their results, a response is planned one token ahead: the next item takes
+the token that the item before it is about to draw (`feeds`). Where that one ended the response, the item is
+void: its result is dropped and its key and value are overwritten by what comes next, in the order of steps.
 """
 
 from __future__ import annotations
@@ -63,6 +67,9 @@ class Item:
     chunk_rows: list[int] = field(default_factory=list)
     decide_rows: list[int] = field(default_factory=list)
     draws: bool = False  # the last row draws a token
+    phase: int = FIRST  # of the token it draws
+    feeds: bool = False  # its one row is the token that the session's item before it draws
+    void: bool = False  # submitted in vain
     position: int = 0  # RoPE position of the first row
     before: int = 0  # the sequence's end before this item
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # of each row
@@ -102,6 +109,7 @@ class Stream:
         self.epoch = 0  # the outbox's epoch the state machine has seen
         self.text: TextStream | None = None
         self.spoken = 0  # tokens of the response so far
+        self.ahead: list[Item] = []  # submitted, their results not there yet; oldest first
         self.token_at = 0.0  # monotonic seconds at which the response began or got its last token
         self.freed = 0.0  # monotonic seconds at which the last response ended
         self.clip_complete = False  # offline: flush was called
@@ -162,6 +170,8 @@ class Stream:
         if self.outbox.closed or self.blocked:
             return None
         self.follow_cancel()
+        if self.ahead and not self._goes_on:
+            return None
         since = self.perceived[0].arrived if self.perceived else 0.0
         if self.phase == RESPONDING:
             return Waiting(self.id, since, self.token_at, token_due(self.token_at), speaks=True)
@@ -169,6 +179,12 @@ class Stream:
             return None
         due = chunk_due(since, self.freed, self.model.config.chunk_seconds)
         return Waiting(self.id, since, max(since, self.freed), due)
+
+    @property
+    def _goes_on(self) -> bool:
+        """The token after those on their way can be planned, unless one of them turns out to be the last."""
+        more = self.spoken + len(self.ahead) < self.config.max_response_tokens
+        return self.phase == RESPONDING and more
 
     def follow_cancel(self) -> None:
         """A cancel happened between steps: close the response in the token protocol."""
@@ -181,6 +197,8 @@ class Stream:
         try:
             item = self._plan_text() if self.phase == RESPONDING else self._plan_listening(row_budget)
         except CapacityError as error:
+            if self.ahead:  # its tokens on their way may be the last ones, and need no page more
+                return None
             if not self.stalled:
                 self.outbox.emit(Stalled, message=f"{error} The session waits for free pages.")
             self.stalled = True
@@ -190,8 +208,13 @@ class Stream:
 
     def _plan_text(self) -> Item:
         """RESPONDING: the last drawn token (or a whole clip's prompt) in, the next token out."""
-        audio = [] if self.clip is None else [(1, self.clip)]  # behind AUDIO_BEGIN
-        return self._place(Item(self, self.epoch, ids=list(self.pending), audio=audio, draws=True))
+        if self.ahead:
+            item = Item(self, self.epoch, ids=[0], draws=True, phase=LATER, feeds=True)
+        else:
+            audio = [] if self.clip is None else [(1, self.clip)]  # behind AUDIO_BEGIN
+            phase = FIRST if self.spoken == 0 else LATER
+            item = Item(self, self.epoch, ids=list(self.pending), audio=audio, draws=True, phase=phase)
+        return self._place(item)
 
     def _plan_listening(self, row_budget: int) -> Item:
         """As many queued chunks as fit, silence assumed between them."""
@@ -237,6 +260,14 @@ class Stream:
         """The step did not happen."""
         self.kv.truncate(item.before)
 
+    def retract(self) -> None:
+        """Nobody waits for what is on its way any more. The device still runs it, before anything later."""
+        if self.ahead:
+            for item in self.ahead:
+                item.void = True
+            self.kv.truncate(self.ahead[0].before)
+            self.ahead.clear()
+
     def commit_listening(self, item: Item, decisions: list[int], chances: list[float]) -> list[Chunk]:
         """Take over the decisions up to the first response; the rest is rolled back. Returns the decided."""
         end, decided = item.before, []
@@ -271,14 +302,11 @@ class Stream:
         self.token_at = time.monotonic()
 
     def _finish_response(self) -> None:
+        self.retract()
         self.phase = DONE if self.config.mode == "offline" else LISTENING
         self.epoch = self.outbox.epoch
         self.text = None
         self.freed = time.monotonic()
-
-    @property
-    def text_phase(self) -> int:
-        return FIRST if self.spoken == 0 else LATER
 
     def commit_text(self, item: Item, token: int) -> None:
         """Take over one drawn token."""

@@ -6,7 +6,8 @@ The eager runner calls the ops one by one. A runner is all the engine knows of t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +30,7 @@ class StepBatch:
     """One ragged step, on the host. N rows of B sequences; R rows decide; T rows draw a token."""
 
     ids: np.ndarray  # int64 [N]
+    feed_slots: np.ndarray  # int64 [N], the session whose last drawn token is the row's id; -1: `ids` has it
     positions: np.ndarray  # int64 [N]
     slots: np.ndarray  # int64 [N]
     row_starts: np.ndarray  # int32 [B + 1]
@@ -40,6 +42,7 @@ class StepBatch:
     decide_rows: np.ndarray  # int64 [R], rows at ASSISTANT
     decide_slots: np.ndarray  # int64 [R], the session's row of the decision state
     draw_rows: np.ndarray  # int64 [T]
+    draw_slots: np.ndarray  # int64 [T], the session that draws
     draw_phase: np.ndarray  # int64 [T], FIRST or LATER token of the response
     temperature: np.ndarray  # float32 [T]
     top_k: np.ndarray  # int64 [T]
@@ -55,20 +58,36 @@ class StepResult:
     drawn: list[int]  # [T]
 
 
+@dataclass(frozen=True)
+class Round:
+    """The next chunk of each of B streams."""
+
+    pcm: np.ndarray  # float32 [B, S]
+    slots: Sequence[int]  # [B], distinct
+    edge: str
+
+
 class Runner(Protocol):
     """The model as the engine sees it."""
+
+    @property
+    def depth(self) -> int:
+        """How many steps may be on their way when the next one is planned, and that one included."""
 
     def open(self, slot: int) -> None:
         """A fresh stream in a state slot."""
 
+    def prepare(self, name: str, work: Callable[[], None]) -> None:
+        """Work on pages and decision states outside a step: behind all steps so far, before the next one."""
+
+    def settle(self, name: str, work: Callable[[], None]) -> None:
+        """Work on any state, behind everything so far and before anything later; done when this returns."""
+
     def prime(self, pcm: np.ndarray, slot: int) -> None:
         """edge="wait": the first LOOKAHEAD_SAMPLES samples of a stream."""
 
-    def hear(self, pcm: np.ndarray, slots: Sequence[int], edge: str) -> Tensor:
-        """One chunk of each of B streams: float32 [B, S] -> mel frames [B, F, C]; the streams move on."""
-
-    def encode(self, frames: Tensor) -> Tensor:
-        """Mel frames [B, F, C] -> audio tokens [B, A, D]."""
+    def perceive(self, rounds: Sequence[Round]) -> Tensor:
+        """Chunks, round after round -> audio tokens [n, A, D] in their order; the streams move on."""
 
     def encode_clip(self, pcm: np.ndarray) -> Tensor:
         """A finished clip, float32 [S] -> audio tokens [n, D]."""
@@ -76,12 +95,17 @@ class Runner(Protocol):
     def prefill(self, ids: Sequence[int], pages: Sequence[int]) -> None:
         """Write the keys and values of a prefix into its pages."""
 
-    def step(self, batch: StepBatch) -> StepResult:
-        """One ragged pass of the decoder."""
+    def submit(self, batch: StepBatch) -> None:
+        """Begin one ragged pass of the decoder."""
+
+    def collect(self) -> StepResult:
+        """The result of the oldest step that was submitted and not collected."""
 
 
 class EagerRunner:
     """Op by op, on the model's device."""
+
+    depth = 1
 
     def __init__(self, model: Model, cache: KVCache, decisions: DecisionState, mel: MelState) -> None:
         self.model = model
@@ -89,6 +113,7 @@ class EagerRunner:
         self.decisions = decisions
         self.mel = mel
         self.banned = banned_tokens(model.config, model.device)
+        self._results: deque[StepResult] = deque()
 
     def open(self, slot: int) -> None:
         mask = torch.zeros(len(self.mel.peak), dtype=torch.bool, device=self.mel.peak.device)
@@ -98,13 +123,24 @@ class EagerRunner:
     def prime(self, pcm: np.ndarray, slot: int) -> None:
         self.mel.prime(slot, self._tensor(pcm))
 
+    def prepare(self, name: str, work: Callable[[], None]) -> None:
+        work()
+
+    def settle(self, name: str, work: Callable[[], None]) -> None:
+        work()
+
+    def perceive(self, rounds: Sequence[Round]) -> Tensor:
+        return self.encode(torch.cat([self.hear(r.pcm, r.slots, r.edge) for r in rounds]))
+
     @torch.inference_mode()
     def hear(self, pcm: np.ndarray, slots: Sequence[int], edge: str) -> Tensor:
+        """One chunk of each of B streams: float32 [B, S] -> mel frames [B, F, C]; the streams move on."""
         rows = torch.as_tensor(slots, dtype=torch.int64, device=self.model.device)
         return mel_chunk(self.mel, rows, self._tensor(pcm), edge=edge)
 
     @torch.inference_mode()
     def encode(self, frames: Tensor) -> Tensor:
+        """Mel frames [B, F, C] -> audio tokens [B, A, D]."""
         return self.model.encoder.encode(frames)
 
     @torch.inference_mode()
@@ -129,6 +165,7 @@ class EagerRunner:
         none = np.empty(0, dtype=np.int64)
         return StepBatch(
             ids=np.asarray(ids, dtype=np.int64),
+            feed_slots=np.full(count, -1),
             positions=index,
             slots=np.asarray(pages, dtype=np.int64)[index // page] * page + index % page,
             row_starts=np.array([0, count], dtype=np.int32),
@@ -140,6 +177,7 @@ class EagerRunner:
             decide_rows=none,
             decide_slots=none,
             draw_rows=none,
+            draw_slots=none,
             draw_phase=none,
             temperature=np.empty(0, dtype=np.float32),
             top_k=none,
@@ -148,8 +186,16 @@ class EagerRunner:
             counter=none,
         )
 
+    def submit(self, batch: StepBatch) -> None:
+        self._results.append(self.step(batch))
+
+    def collect(self) -> StepResult:
+        return self._results.popleft()
+
     @torch.inference_mode()
     def step(self, batch: StepBatch) -> StepResult:
+        """One ragged pass of the decoder."""
+        assert (batch.feed_slots < 0).all(), "only a captured step knows the tokens of the one before it"
         decoder, tensor = self.model.decoder, self._tensor
         x = decoder.embed(tensor(batch.ids))
         if len(batch.audio):

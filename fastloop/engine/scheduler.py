@@ -70,6 +70,7 @@ def build(items: list[Item]) -> StepBatch:
     configs = [item.stream.config for item, _ in drawn]
     return StepBatch(
         ids=np.array([i for item in items for i in item.ids], dtype=np.int64),
+        feed_slots=np.repeat([item.stream.slot if item.feeds else -1 for item in items], counts),
         positions=np.concatenate(
             [item.position + np.arange(n) for item, n in zip(items, counts, strict=True)]
         ),
@@ -83,7 +84,8 @@ def build(items: list[Item]) -> StepBatch:
         decide_rows=np.array([row for row, _ in decide], dtype=np.int64),
         decide_slots=np.array([slot for _, slot in decide], dtype=np.int64),
         draw_rows=np.array([row for _, row in drawn], dtype=np.int64),
-        draw_phase=np.array([item.stream.text_phase for item, _ in drawn], dtype=np.int64),
+        draw_slots=np.array([item.stream.slot for item, _ in drawn], dtype=np.int64),
+        draw_phase=np.array([item.phase for item, _ in drawn], dtype=np.int64),
         temperature=np.array([c.sampling.temperature for c in configs], dtype=np.float32),
         top_k=np.array([c.sampling.top_k for c in configs], dtype=np.int64),
         top_p=np.array([c.sampling.top_p for c in configs], dtype=np.float32),
@@ -92,18 +94,22 @@ def build(items: list[Item]) -> StepBatch:
     )
 
 
-def commit(items: list[Item], result: StepResult) -> list[Chunk]:
-    """Hand every session its results; returns the chunks that were decided."""
+def commit(items: list[Item], result: StepResult) -> tuple[list[Chunk], int]:
+    """Hand every session its results; returns the chunks that were decided, and how many tokens were taken.
+
+    Void items have results too; nobody takes them.
+    """
     decided: list[Chunk] = []
-    row, draw = 0, 0
+    row, draw, tokens = 0, 0, 0
     for item in items:
+        rows, mine = slice(row, row + len(item.decide_rows)), draw
+        row, draw = rows.stop, draw + item.draws
+        if item.void:
+            continue
+        item.stream.ahead.remove(item)
         if item.draws:
-            item.stream.commit_text(item, result.drawn[draw])
-            draw += 1
+            item.stream.commit_text(item, result.drawn[mine])
+            tokens += 1
         else:
-            end = row + len(item.decide_rows)
-            decided += item.stream.commit_listening(
-                item, result.decisions[row:end], result.p_respond[row:end]
-            )
-            row = end
-    return decided
+            decided += item.stream.commit_listening(item, result.decisions[rows], result.p_respond[rows])
+    return decided, tokens

@@ -22,7 +22,7 @@ import torch
 
 COPY, PERCEIVE, DECODE = "copy", "perceive", "decode"
 STREAMS = (COPY, PERCEIVE, DECODE)
-STATE = ("pages", "decision state")  # what steps leave for steps; the mel state is perceive's own
+STATE = ("pages", "decision state", "last tokens")  # what steps leave for steps; mel state is perceive's own
 
 Work = Callable[[], None]
 
@@ -67,32 +67,29 @@ class HostStreams:
 
 
 class CudaStreams:
-    """Streams of a GPU. `copy` and `decode` are our own; `perceive` is the caller's current stream.
+    """Streams of a GPU, all three our own, so a server's streams are neither waited for nor held up.
 
-    So whatever the engine does between the stages (joining frames, rotating a prefix, loading a snapshot) is
-    in order with mel and encoder, and a server's own streams are never waited for as a whole.
+    What was queued on the caller's current stream before (weights, pages, states) comes before everything.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._own = {name: torch.cuda.Stream(device) for name in (COPY, DECODE)}
+        self._own = {name: torch.cuda.Stream(device) for name in STREAMS}
         self._events: dict[str, torch.cuda.Event] = {}
-
-    def _stream(self, name: str) -> torch.cuda.Stream:
-        return self._own.get(name) or torch.cuda.current_stream(self._device)
+        for stream in self._own.values():
+            stream.wait_stream(torch.cuda.current_stream(device))
 
     def launch(
         self, stream: str, name: str, work: Work, reads: Sequence[str] = (), writes: Sequence[str] = ()
     ) -> None:
-        with torch.cuda.stream(self._stream(stream)):
+        with torch.cuda.stream(self._own[stream]):
             work()
 
     def record(self, stream: str, event: str) -> None:
-        self._events.setdefault(event, torch.cuda.Event()).record(self._stream(stream))
+        self._events.setdefault(event, torch.cuda.Event()).record(self._own[stream])
 
     def wait(self, stream: str, event: str) -> None:
         if event in self._events:
-            self._stream(stream).wait_event(self._events[event])
+            self._own[stream].wait_event(self._events[event])
 
     def synchronize(self, event: str) -> None:
         if event in self._events:
@@ -118,7 +115,17 @@ def hear(streams: Streams, turn: int, fill: Work, upload: Work, perceive: Work) 
 
 def encode(streams: Streams, number: int, work: Work) -> None:
     """All frames heard so far -> the `number`-th group of audio tokens, in memory of its own."""
-    streams.launch(PERCEIVE, "encoder", work, reads=["frames"], writes=[tokens(number)])
+    streams.launch(PERCEIVE, "encoder", work, reads=["frames"], writes=["encoded", tokens(number)])
+
+
+def clip(streams: Streams, number: int, work: Work) -> None:
+    """A finished clip -> the `number`-th group of audio tokens."""
+    streams.launch(PERCEIVE, "clip", work, writes=[tokens(number)])
+
+
+def begin(streams: Streams, name: str, work: Work) -> None:
+    """Work on the mel state outside a round of chunks."""
+    streams.launch(PERCEIVE, name, work, reads=["mel state"], writes=["mel state"])
 
 
 def tokens(number: int) -> str:
@@ -127,18 +134,28 @@ def tokens(number: int) -> str:
 
 
 def prepare(streams: Streams, name: str, work: Work) -> None:
-    """Work on the pages outside a step (a prefix), behind all steps so far and before the next one."""
-    for turn in (0, 1):
-        streams.wait(PERCEIVE, f"decoded {turn}")
-    streams.launch(PERCEIVE, name, work, reads=["pages"], writes=["pages"])
+    """Work on what steps leave for steps (a prefix, a window), behind all steps so far, before the next one.
+
+    It is decode's own, so that it never holds perceive up.
+    """
+    streams.launch(DECODE, name, work, reads=STATE, writes=STATE)
 
 
-def capture(streams: Streams, work: Work) -> None:
-    """Run and capture a step on padding, behind everything queued so far; the host waits, once per graph."""
+def settle(streams: Streams, name: str, work: Work) -> None:
+    """Work on any state, behind everything so far and before anything later; the host waits for it."""
+    everything = (*STATE, "mel state")
     streams.record(PERCEIVE, "perceived")
     streams.wait(DECODE, "perceived")
-    streams.launch(DECODE, "capture", work, reads=STATE, writes=STATE)
-    streams.record(DECODE, "captured")
+    streams.launch(DECODE, name, work, reads=everything, writes=everything)
+    streams.record(DECODE, "settled")
+    streams.synchronize("settled")
+
+
+def capture(streams: Streams, stream: str, work: Work) -> None:
+    """Run and capture a graph on padding, on the stream it is for; the host waits, once per graph."""
+    own = STATE if stream == DECODE else ("mel state", "frames", "encoded")
+    streams.launch(stream, "capture", work, writes=own)
+    streams.record(stream, "captured")
     streams.synchronize("captured")
 
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from ..config import FFT_SAMPLES, HOP_SAMPLES, MEL_BINS, SAMPLE_RATE
-from .contract import check_dims
+from .contract import check_dims, readable
 from .dispatch import define
 from .native import FLOAT32, check_in_place, register_native, require_native
 
@@ -74,6 +74,11 @@ def mel_filters(device: torch.device | str = "cpu", bins: int = MEL_BINS) -> tup
 def _window(device: torch.device) -> Tensor:
     with torch.inference_mode(False):
         return torch.hann_window(FFT_SAMPLES, device=device)
+
+
+def mel_constants(device: torch.device) -> tuple[Tensor, ...]:
+    """The tensors that a call reads besides its arguments' and keeps for the next one: for graphs."""
+    return *mel_filters(device), _window(device)
 
 
 _ARGUMENTS = {  # name: (dimensions, dtype)
@@ -179,7 +184,7 @@ def mel_ref(
     not checked (that would synchronise).
     """
     check_mel((pcm, slots, tail, peak, seen, filters, bands), edge, clamp)
-    if pcm.device.type == "cpu":
+    if readable(seen):
         _check_slots(slots, seen, edge)
     old, start, top = tail[slots], seen[slots], peak[slots]
     padded = _padded(pcm, old, start, edge)

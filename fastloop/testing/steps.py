@@ -32,9 +32,10 @@ def random_batch(
     rows = int(starts[-1])
     ends = starts[1:] - 1
     audio_rows = [np.arange(e - model.chunk_tokens, e) for e in ends[~speaks]]
-    draws = int(speaks.sum())
+    draws, owners = int(speaks.sum()), rng.permutation(SESSIONS)[: len(speaks)]
     return StepBatch(
         ids=rng.integers(0, model.decoder.vocab, rows),
+        feed_slots=np.full(rows, -1),
         positions=np.concatenate([length - n + np.arange(n) for length, n in zip(lens, counts, strict=True)]),
         slots=slots,
         row_starts=starts.astype(np.int32),
@@ -47,8 +48,9 @@ def random_batch(
             for r in audio_rows
         ],
         decide_rows=ends[~speaks],
-        decide_slots=rng.permutation(SESSIONS)[: len(speaks)][~speaks],
+        decide_slots=owners[~speaks],
         draw_rows=ends[speaks],
+        draw_slots=owners[speaks],
         draw_phase=rng.integers(0, 2, draws),
         temperature=rng.choice([0.0, 0.8], draws).astype(np.float32),
         top_k=rng.choice([0, 20], draws),

@@ -16,6 +16,7 @@ from fastloop.config import ConfigError
 from fastloop.decision import DecisionState
 from fastloop.engine import Engine
 from fastloop.engine import streams as schedule
+from fastloop.engine.buckets import SPARE_STREAMS
 from fastloop.engine.captured_runner import CapturedRunner
 from fastloop.engine.kv_cache import KVCache
 from fastloop.engine.recorder import CaptureError
@@ -127,7 +128,7 @@ class World:
         self.decisions = DecisionState(SESSIONS + 1)
         for slot in range(SESSIONS):
             self.decisions.reset(slot, DecisionPolicy(0.45), MODEL.chunk_seconds)
-        self.runner = kind(model, self.cache, self.decisions, MelState.empty(SESSIONS))
+        self.runner = kind(model, self.cache, self.decisions, MelState.empty(SESSIONS + 2 * SPARE_STREAMS))
 
 
 def assert_same(got: StepResult, want: StepResult) -> None:

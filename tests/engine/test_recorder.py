@@ -47,7 +47,8 @@ class World:
         decisions = DecisionState(SESSIONS + 1)
         for slot in range(SESSIONS):
             decisions.reset(slot, DecisionPolicy(threshold=0.4 + slot % 3 / 10), MODEL.chunk_seconds)
-        step = DeviceStep(model, cache, decisions, banned_tokens(MODEL))
+        last = torch.zeros(SESSIONS + 1, dtype=torch.int64)
+        step = DeviceStep(model, cache, decisions, banned_tokens(MODEL), last)
         buffers = StepBuffers.allocate(bucket, SESSIONS, MODEL.decoder.width, torch.float32, CPU)
         return cls(step, buffers)
 
@@ -59,7 +60,7 @@ class World:
     def state(self) -> list[Tensor]:
         """Everything a step may change, but for the spare slot."""
         cache = self.step.cache
-        return [cache.k_pages, cache.v_pages, self.step.decisions.state[:SESSIONS]]
+        return [cache.k_pages, cache.v_pages, self.step.decisions.state[:SESSIONS], self.step.last[:SESSIONS]]
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +129,7 @@ def test_a_tape_lists_the_launches_of_the_step(pair: tuple[World, World, Tape]) 
         assert names.count(f"{op}[graph]") == layers
     assert names.count("decide[graph]") == names.count("sample[graph]") == 1
     static = {name for launch in tape.launches for name in launch.static}
-    assert static == {"k_pages", "v_pages", "state", "results"}
+    assert static == {"k_pages", "v_pages", "state", "last", "results"}
     assert str(tape).count("\n") == len(names) - 1 and "decide[graph]" in str(tape)
     assert world.buffers.bucket == BUCKET
 

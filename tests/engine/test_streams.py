@@ -151,7 +151,6 @@ WAITS = [
     (COPY, "pcm heard"),
     (COPY, "perceived"),
     (PERCEIVE, "pcm copied"),
-    (PERCEIVE, "decoded"),
     (DECODE, "copied"),
 ]
 

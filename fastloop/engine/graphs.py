@@ -1,0 +1,97 @@
+"""Graphs of a runner: work captured once on padding, then replayed on what its fixed buffers hold.
+
+On a GPU a graph is a torch.cuda.CUDAGraph; on the CPU it is the recorder's tape, which refuses what a graph
+could not do (fastloop.engine.recorder). The graphs of one stream share one memory pool, for they run one
+after another and none keeps anything there; streams overlap, so each has a pool of its own.
+FASTLOOP_CAPTURE=0 runs the same work op by op. No global state of torch is changed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..config import ConfigError
+from . import streams as schedule
+from .recorder import record
+from .streams import STREAMS, Streams
+
+WARM_UPS = 2  # of work before it is captured: libraries allocate and kernels compile in the first calls
+
+
+class Graph(Protocol):
+    def replay(self) -> None: ...
+
+
+@dataclass
+class _Eager:
+    """What takes the place of a graph when capturing is switched off."""
+
+    replay: Callable[[], None]
+
+
+def capture_enabled() -> bool:
+    """FASTLOOP_CAPTURE: "1" (default) captures, "0" runs every step op by op."""
+    value = os.environ.get("FASTLOOP_CAPTURE", "1")
+    if value not in ("0", "1"):
+        raise ConfigError(f"FASTLOOP_CAPTURE: must be 0 or 1, got {value!r}")
+    return value == "1"
+
+
+class Graphs:
+    """What captures for the streams of one runner."""
+
+    def __init__(self, device: torch.device, streams: Streams) -> None:
+        self.enabled = capture_enabled()
+        self._streams = streams
+        self._on_gpu = device.type == "cuda"
+        with_pools = self._on_gpu and self.enabled
+        self._pools = {name: torch.cuda.graph_pool_handle() if with_pools else None for name in STREAMS}
+
+    def make(
+        self, stream: str, work: Callable[[], None], static: Mapping[str, Tensor], constants: Iterable[Tensor]
+    ) -> Graph:
+        """The graph of `work`, which runs now, once or more, on what the buffers hold: padding.
+
+        static: buffers of fixed address that the work may read and write; constants: those it may only read.
+        CaptureError on the CPU where no graph could capture it.
+        """
+        if not self.enabled:
+            return _Eager(work)
+        graphs: list[Graph] = []
+
+        def capture() -> None:
+            if self._on_gpu:
+                graphs.append(capture_cuda(work, self._pools[stream]))
+            else:
+                graphs.append(capture_tape(work, static, constants))
+
+        schedule.capture(self._streams, stream, capture)
+        return graphs[0]
+
+
+def capture_tape(
+    work: Callable[[], None], static: Mapping[str, Tensor], constants: Iterable[Tensor]
+) -> Graph:
+    """The recorder's tape of some work on the CPU; CaptureError where no graph could capture it."""
+    with record(static, constants) as recorder:
+        work()
+    return recorder.tape
+
+
+def capture_cuda(work: Callable[[], None], pool: Any) -> Graph:
+    """The CUDA graph of some work, captured on the current stream (not the default one).
+
+    Other threads of the process may go on using the GPU while it is captured.
+    """
+    for _ in range(WARM_UPS):
+        work()
+    graph, here = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    with torch.cuda.graph(graph, pool=pool, stream=here, capture_error_mode="thread_local"):
+        work()
+    return graph
