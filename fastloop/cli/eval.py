@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,9 +20,12 @@ from .train import MISSING
 
 if TYPE_CHECKING:
     from ..checkpoint import Model
+    from ..soundflow.benchmarks import Item
+
+    Replied = tuple[Item, str]
 
 eval_app = typer.Typer(
-    name="eval", no_args_is_help=True, help="Measure how well a model listens: streams, proactive."
+    name="eval", no_args_is_help=True, help="Measure how well a model listens: streams, proactive, offline."
 )
 
 ModelName = Annotated[str, typer.Option(help="A packaged model, or a checkpoint directory.")]
@@ -117,6 +120,7 @@ def proactive_command(
     """
     with _failures("proactive"):
         from ..soundflow import proactive, scorecard
+        from ..soundflow.benchmark_files import BenchmarkError
         from ..soundflow.hear import Hearing
 
         if tier not in proactive.TIERS:
@@ -126,7 +130,7 @@ def proactive_command(
         _report_skipped("proactive", problems)
         usable = [i for i, sound in enumerate(sounds) if len(sound)]
         if not usable:
-            raise proactive.BenchmarkError(f"{audio}: none of the {len(items)} sounds is there")
+            raise BenchmarkError(f"{audio}: none of the {len(items)} sounds is there")
         loaded = _load(model, dtype, threads)
         how = Hearing(sessions=sessions, threshold=threshold, system_prompt=prompt)
         chosen = [items[i] for i in usable]
@@ -142,6 +146,112 @@ def proactive_command(
         for name, figures in found.items():
             console.print(scorecard.figures_table(f"right decisions, {name}", figures))
         console.print(f"{out}: predictions.jsonl, proactive.json, proactive.png")
+
+
+@eval_app.command("offline")
+def offline_command(
+    benchmark: Annotated[
+        str,
+        typer.Argument(
+            help="mmau, mmau-spoken, llama-questions, web-questions, alpaca-eval, sd-qa, librispeech, "
+            "covost2-en-zh or covost2-zh-en."
+        ),
+    ],
+    path: Annotated[Path, typer.Argument(help="Its folder or file, in the layout it is published in.")],
+    audio: Annotated[Path | None, typer.Option(help="Folder of its clips, where they lie elsewhere.")] = None,
+    spoken: Annotated[
+        Path | None, typer.Option(help="mmau-spoken: folder of ID.wav; else espeak-ng speaks.")
+    ] = None,
+    model: ModelName = "demo",
+    mode: Annotated[str, typer.Option(help="offline: the clip at once; streaming: as it comes.")] = "offline",
+    out: Annotated[Path, typer.Option(help="Directory for answers, JSON and plot.")] = Path("offline"),
+    instruction: Annotated[
+        str | None, typer.Option(help="What to do with a clip that brings no question; else the set's own.")
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="System prompt; else the model's own.")] = None,
+    judge: Annotated[
+        str, typer.Option(help="OpenAI-compatible endpoint that judges answers, such as http://host:8000/v1.")
+    ] = "",
+    judge_model: Annotated[str, typer.Option(help="Name of its model.")] = "",
+    limit: Annotated[int, typer.Option(help="Only the first so many clips; 0: all.")] = 0,
+    sessions: Sessions = 16,
+    tokens: Annotated[int, typer.Option(help="Most tokens of a response.")] = 256,
+    threshold: Threshold = 0.5,
+    window: Annotated[float, typer.Option(help="streaming: seconds that the model looks back on.")] = 60.0,
+    dtype: Dtype = "float32",
+    threads: Threads = 0,
+) -> None:
+    """MMAU, LlamaQuestions, WebQuestions, AlpacaEval, SD-QA, LibriSpeech, CoVoST 2: answers about clips.
+
+    \b
+    Answers are kept as they come: the same command goes on where it was cut off. A judge is asked about
+    alpaca-eval (1 to 5) and, where given, about the questions (right or wrong); its key is read from
+    FASTLOOP_LLM_KEY. Layouts and scoring: fastloop/soundflow/benchmarks.py, offline_score.py.
+    Examples:
+      fastloop eval offline librispeech LibriSpeech --model runs/big/model --out report
+      fastloop eval offline mmau MMAU --mode streaming --out report
+      fastloop eval offline alpaca-eval voicebench --judge http://host:8000/v1 --judge-model name
+    """
+    with _failures("offline"):
+        from ..soundflow import offline, voices
+        from ..soundflow.benchmarks import ANSWER, BENCHMARKS, OPEN, Folders, read_items
+        from ..soundflow.hear import Hearing
+
+        if bool(judge) != bool(judge_model):
+            raise ConfigError("--judge and --judge-model belong together: an address and a name")
+        items = read_items(benchmark, Folders(path, audio, spoken), limit)
+        chosen = BENCHMARKS[benchmark]
+        if judge and chosen.kind not in (ANSWER, OPEN):
+            raise ConfigError(f"--judge: {benchmark} is scored without one")
+        hearing = Hearing(sessions, window, threshold, prompt, tokens)
+        speaker = str(spoken or voices.version()) if benchmark == "mmau-spoken" else None
+        how = offline.How(mode, hearing, instruction or chosen.instruction, speaker)
+        loaded = _load(model, dtype, threads)
+        stem, skipped = out / f"{benchmark}-{mode}", list[str]()
+        with _bar("clips", len(items)) as show:
+            said = offline.answer(
+                loaded, items, how, stem.with_suffix(".answers.jsonl"), skipped.append, show
+            )
+        _report_skipped("offline", skipped)
+        replied = [(item, said[item.id]) for item in items if item.id in said]
+        head = {"benchmark": benchmark, "model": model, **offline.described(loaded, how), "skipped": skipped}
+        _offline_report(benchmark, replied, head, stem, judge, judge_model)
+
+
+def _offline_report(
+    benchmark: str, replied: Sequence[Replied], head: dict[str, Any], stem: Path, judge: str, judge_model: str
+) -> None:
+    """Judge where wanted, score, print, write."""
+    from ..soundflow import offline_score, scorecard
+    from ..soundflow.benchmarks import BENCHMARKS, CHOICE
+    from ..soundflow.llm import Endpoint
+    from ..soundflow.offline_judge import judge as ask
+
+    chosen, verdicts = BENCHMARKS[benchmark], None
+    if judge:
+        endpoint = Endpoint(judge, judge_model, stem.with_suffix(".judged"), temperature=0.0)
+        with _bar("verdicts", len(replied)) as show:
+            verdicts, missing = ask(endpoint, chosen.kind, replied, show)
+        head |= {"judge": judge_model, "unjudged": missing}
+        if missing:
+            complain("eval offline", f"{len(missing)} answers got no verdict:")
+            for line in missing:
+                typer.echo(f"  {line}", err=True)
+    scores = offline_score.score(chosen, replied, verdicts)
+    by = offline_score.describe(chosen) + (f", judged by {judge_model}" if judge else "")
+    head |= {"scored_by": by, "published": chosen.published}
+    scorecard.write_json(stem.with_suffix(".json"), {**head, "clips": len(replied), "scores": scores})
+    scorecard.plot_offline(scores, stem.with_suffix(".png"))
+    if chosen.kind == CHOICE:
+        rows = [{**item.row, "model_output": r, "model_prediction": r} for item, r in replied]
+        scorecard.write_json(stem.with_suffix(".predictions.json"), rows)
+    console = Console()
+    flat = {f"{name}, {group}": f for name, groups in scores.items() for group, f in groups.items()}
+    title = f"{benchmark}, {head['mode']}: {len(replied)} clips, {len(head['skipped'])} unreadable"
+    console.print(scorecard.figures_table(title, flat))
+    console.print(f"scored by {head['scored_by']}")
+    console.print(f"the paper's 3 B model, which is another one: {chosen.published}")
+    console.print(f"{stem.parent}: {', '.join(sorted(f.name for f in stem.parent.glob(stem.name + '.*')))}")
 
 
 @contextlib.contextmanager

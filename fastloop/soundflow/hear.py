@@ -30,12 +30,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Hearing:
-    """How sounds are listened to. window_s None: the whole stream is remembered."""
+    """How sounds are listened to. window_s None: all is remembered; most_tokens: of one response."""
 
     sessions: int = 16
     window_s: float | None = 60.0
     threshold: float = 0.5
     system_prompt: str | None = None
+    most_tokens: int = 64
 
     def session(self, seconds: float) -> SessionConfig:
         """The options of a session for a sound of that length, all of which is pushed at once."""
@@ -45,7 +46,7 @@ class Hearing:
             window_s=self.window_s if self.window_s is not None else seconds + 1.0,
             max_queued_s=seconds + 1.0,
             max_events=1 << 20,
-            max_response_tokens=64,
+            max_response_tokens=self.most_tokens,
         )
 
 

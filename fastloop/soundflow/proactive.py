@@ -7,7 +7,6 @@ pauses between (tier "multi"): there a model must fall silent again, and what it
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +14,10 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from ..audio import AudioError, read
+from ..audio import AudioError
 from ..checkpoint import Model
 from ..config import SAMPLE_RATE
-from ..errors import FastloopError
+from .benchmark_files import BenchmarkError, Row, rows, samples, text
 from .hear import Answer, Hearing, hear
 from .statistics import Figure, share
 
@@ -27,10 +26,6 @@ TIERS = ("single", "multi")
 LEAD_S = 1.0  # silence before an item, so that the stream has begun
 GRACE_S = 2.0  # silence after it, in which an answer still counts
 TOGETHER = 4  # items in a stream of tier "multi"
-
-
-class BenchmarkError(FastloopError):
-    """The manifest, or the sound it names, is not usable; the message names the line and the field."""
 
 
 @dataclass(frozen=True)
@@ -74,36 +69,21 @@ class Verdict:
 
 def read_benchmark(manifest: Path) -> list[Item]:
     """The items of a manifest; BenchmarkError names the line and the field that is wrong."""
-    try:
-        lines = manifest.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise BenchmarkError(f"{manifest}: cannot be read: {error}") from error
-    items = [_item(line, f"{manifest}:{n}") for n, line in enumerate(lines, start=1) if line.strip()]
-    if not items:
-        raise BenchmarkError(f"{manifest}: holds no item")
+    items = [_item(row) for row in rows(manifest)]
     twice = {item.id for item in items if sum(other.id == item.id for other in items) > 1}
     if twice:
         raise BenchmarkError(f"{manifest}: id {sorted(twice)[0]!r} comes twice")
     return items
 
 
-def _item(line: str, where: str) -> Item:
-    try:
-        values = json.loads(line)
-    except ValueError as error:
-        raise BenchmarkError(f"{where}: not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise BenchmarkError(f"{where}: must be a JSON object")
-    for name in ("id", "path", "description", "decision"):
-        if not isinstance(values.get(name), str):
-            raise BenchmarkError(f"{where}: field {name!r} must be a string, is {values.get(name)!r}")
-    if values["decision"] not in (RESPOND, IGNORE):
-        raise BenchmarkError(
-            f"{where}: field 'decision' is {values['decision']!r}, not {RESPOND} or {IGNORE}"
-        )
-    if len(PurePosixPath(values["path"]).parts) < 4:
+def _item(row: Row) -> Item:
+    where = row[0]
+    item = Item(*(text(row, name) for name in ("id", "path", "description", "decision")))
+    if item.decision not in (RESPOND, IGNORE):
+        raise BenchmarkError(f"{where}: field 'decision' is {item.decision!r}, not {RESPOND} or {IGNORE}")
+    if len(PurePosixPath(item.path).parts) < 4:
         raise BenchmarkError(f"{where}: field 'path' is not .../DOMAIN/FOLDER/DECISION/ID.wav")
-    return Item(values["id"], values["path"], values["description"], values["decision"])
+    return item
 
 
 def read_sounds(items: Sequence[Item], audio: Path) -> tuple[list[np.ndarray], list[str]]:
@@ -116,7 +96,7 @@ def read_sounds(items: Sequence[Item], audio: Path) -> tuple[list[np.ndarray], l
         shorter = PurePosixPath(*inside.parts[1:]) if inside.parts[0] == audio.name else inside
         place = next((audio / p for p in (inside, shorter) if (audio / p).is_file()), audio / inside)
         try:
-            sounds.append(np.concatenate([*read(place)] or [np.zeros(0, np.float32)]))
+            sounds.append(samples(place))
         except (AudioError, OSError) as error:
             problems.append(f"{item.id}: {error}")
             sounds.append(np.zeros(0, dtype=np.float32))

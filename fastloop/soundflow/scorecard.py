@@ -12,7 +12,6 @@ from typing import Any
 from rich.table import Table
 
 from .evaluate import Outcome, Scores
-from .proactive import Verdict
 from .statistics import Figure
 
 
@@ -102,8 +101,19 @@ def plot_proactive(found: Mapping[str, Mapping[str, Figure]], path: Path) -> Non
     pyplot.close(figure)
 
 
-def verdict_row(verdict: Verdict) -> dict[str, str]:
-    return verdict.prediction()
+def plot_offline(scores: Mapping[str, Mapping[str, Figure]], path: Path) -> None:
+    """A panel for each figure, a bar for each group."""
+    pyplot = _pyplot()
+    shown = {name: groups for name, groups in scores.items() if any(f.n for f in groups.values())}
+    rows = max((len(groups) for groups in shown.values()), default=1)
+    size = (5 * max(len(shown), 1), 1.5 + 0.28 * rows)
+    figure, axes = pyplot.subplots(1, max(len(shown), 1), figsize=size, layout="constrained", squeeze=False)
+    for panel, (name, groups) in zip(axes[0], shown.items(), strict=False):
+        _bars(panel, groups, name, offset=0.0)
+        panel.set_title(name.replace("_", " "))
+        panel.set_xlim(0, 1.02 * max(1.0, *(f.high for f in groups.values() if f.n)))
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 def _pyplot() -> Any:

@@ -53,6 +53,27 @@ def bootstrap(
     rng = np.random.default_rng(seed)
     draws = rng.integers(0, len(items), (RESAMPLES, len(items)))
     found = [statistic([items[i] for i in row]) for row in draws]
+    return _figure(value, found, len(items) if n is None else n)
+
+
+def bootstrap_sums(
+    rows: np.ndarray, statistic: Callable[[np.ndarray], float], n: int | None = None, seed: int = 0
+) -> Figure:
+    """The same of statistic(sum of rows), rows [N, K] of counts: what a corpus is scored by, such as errors
+    and words, adds up, and tens of thousands of items are resampled in a second.
+    """
+    value = statistic(rows.sum(axis=0)) if len(rows) else math.nan
+    if math.isnan(value):
+        return NOTHING
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(RESAMPLES):
+        times = np.bincount(rng.integers(0, len(rows), len(rows)), minlength=len(rows))
+        found.append(statistic(times @ rows))
+    return _figure(value, found, len(rows) if n is None else n)
+
+
+def _figure(value: float, found: Sequence[float], n: int) -> Figure:
     kept = [x for x in found if not math.isnan(x)]
     low, high = np.percentile(kept, (2.5, 97.5)) if kept else (math.nan, math.nan)
-    return Figure(float(value), float(low), float(high), len(items) if n is None else n)
+    return Figure(float(value), float(low), float(high), n)

@@ -14,12 +14,12 @@ from typer.testing import CliRunner
 from fastloop.audio import write_wav
 from fastloop.checkpoint import save
 from fastloop.cli import app
+from fastloop.soundflow.benchmark_files import BenchmarkError
 from fastloop.soundflow.evaluate import Outcome, match, score
 from fastloop.soundflow.hear import Answer, Hearing, hear
 from fastloop.soundflow.proactive import (
     GRACE_S,
     LEAD_S,
-    BenchmarkError,
     Item,
     Verdict,
     read_benchmark,
