@@ -33,6 +33,10 @@ __device__ __forceinline__ float exp2_fast(float x) { return exp2f(x); }
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool real) {
     cuda_emulation::cp_async(to, from, 16, real ? 16 : 0);
 }
+// Of the 16 bytes only the first `read` come from memory, the others are zero.
+__device__ __forceinline__ void copy_async_16_part(void* to, const void* from, int read) {
+    cuda_emulation::cp_async(to, from, 16, read);
+}
 __device__ __forceinline__ void commit_copies() { cuda_emulation::cp_async_commit(); }
 template <int left> __device__ __forceinline__ void wait_for_copies() { cuda_emulation::cp_async_wait(left); }
 
@@ -89,6 +93,10 @@ __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool r
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(real ? 16 : 0)
                  : "memory");
 }
+// Of the 16 bytes only the first `read` come from memory, the others are zero.
+__device__ __forceinline__ void copy_async_16_part(void* to, const void* from, int read) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(read) : "memory");
+}
 __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int left> __device__ __forceinline__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory");
@@ -144,5 +152,10 @@ template <class T> __device__ T narrow(float x);
 template <> __device__ __forceinline__ float narrow<float>(float x) { return x; }
 template <> __device__ __forceinline__ bf16 narrow<bf16>(float x) { return narrow_bf16(x); }
 template <> __device__ __forceinline__ f16 narrow<f16>(float x) { return narrow_f16(x); }
+
+// Two 16-bit floats in a register, the first one in its lower half.
+template <class T> __device__ __forceinline__ unsigned pair(float first, float second) {
+    return static_cast<unsigned>(narrow<T>(first).bits) | static_cast<unsigned>(narrow<T>(second).bits) << 16;
+}
 
 }  // namespace fastloop

@@ -25,7 +25,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
-KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__launch_bounds__\([^)]*\)\s*)?(\w+)\s*\(')
+KERNEL = re.compile(r'extern\s+"C"\s+__attribute__\(\(used\)\)\s+void\s+(\w+)\s*\(')  # preprocessed
 FLAGS = (
     "-std=c++20", "-O2", "-g1", "-fPIC", "-shared", "-fno-strict-aliasing", "-ffp-contract=off",
     "-fvisibility=hidden", "-fno-gnu-unique", "-U_FORTIFY_SOURCE", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
@@ -128,11 +128,6 @@ def compiler() -> str | None:
     return shutil.which(os.environ.get("CXX", "g++"))
 
 
-def kernels(source: Path) -> list[str]:
-    """The names of a file's entry points."""
-    return KERNEL.findall(source.read_text())
-
-
 @functools.cache
 def _scratch() -> Path:
     """Where libraries are kept from run to run; of this user alone."""
@@ -154,8 +149,6 @@ def build_library(sources: Sequence[Path], flags: Sequence[str] = (), name: str 
     if found is None:
         raise FileNotFoundError("no C++ compiler")
     main = '#include "intrinsics.h"\n' + "".join(f'#include "{source}"\n' for source in sources)
-    entries = ", ".join(f"CUDA_EMULATION_ENTRY({k})" for source in sources for k in kernels(source))
-    main += f"CUDA_EMULATION_LIBRARY({entries})\n"
     headers = [*HERE.glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh"), *(ROOT / "csrc/cuda").glob("*.h")]
     digest = hashlib.sha256(repr((main, found, flags, FLAGS)).encode())
     for file in sorted([*headers, *sources]):
@@ -164,11 +157,19 @@ def build_library(sources: Sequence[Path], flags: Sequence[str] = (), name: str 
     if not target.exists():
         with tempfile.TemporaryDirectory(dir=_scratch()) as folder:
             made, driver = Path(folder) / target.name, Path(folder) / "kernels.cpp"
-            driver.write_text(main)
             includes = [f"-I{HERE}", f"-I{ROOT / 'csrc/cuda'}", f"-I{ROOT / 'csrc/include'}"]
-            command = [found, *FLAGS, *flags, *includes, str(driver), "-o", str(made)]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode:
-                raise EmulationError(f"{' '.join(command)}\n{done.stderr[-6000:]}")
+            compile_ = [found, *FLAGS, *flags, *includes, str(driver)]
+            driver.write_text(main)
+            names = KERNEL.findall(_run([*compile_, "-E", "-P"]))
+            entries = ", ".join(f"CUDA_EMULATION_ENTRY({name})" for name in names)
+            driver.write_text(f"{main}CUDA_EMULATION_LIBRARY({entries})\n")
+            _run([*compile_, "-o", str(made)])
             made.replace(target)
     return target
+
+
+def _run(command: Sequence[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise EmulationError(f"{' '.join(command)}\n{done.stderr[-6000:]}")
+    return done.stdout

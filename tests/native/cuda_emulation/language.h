@@ -14,7 +14,7 @@
 
 #include "runtime.h"
 
-#define __global__
+#define __global__ __attribute__((used))  // emulation.py finds kernels by it
 #define __device__
 #define __host__
 #define __constant__ static
@@ -211,6 +211,8 @@ inline double __fma_rn(double a, double b, double c) { return fma(a, b, c); }
 inline double __dadd_rn(double a, double b) { return a + b; }
 inline double __dmul_rn(double a, double b) { return a * b; }
 inline double __ddiv_rn(double a, double b) { return a / b; }
+inline float sinpif(float x) { return float(std::sin(M_PI * std::fmod(double(x), 2.0))); }
+inline float cospif(float x) { return float(std::cos(M_PI * std::fmod(double(x), 2.0))); }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline double rsqrt(double x) { return 1 / std::sqrt(x); }
 inline int __float2int_rn(float x) { return int(nearbyintf(x)); }
