@@ -62,10 +62,14 @@ class Heard:
 class Calls(RuleBasedStateMachine):
     """Sessions of one engine whose pool does not hold all that could be asked for."""
 
+    runner = "auto"
+
     @initialize(page=st.sampled_from([5, 16]))
     def begin(self, page: int) -> None:
+        pages = PAGES * 16 // page
         self.engine = Engine(
-            model(), EngineConfig(max_sessions=SLOTS, kv_pages=PAGES * 16 // page, page_tokens=page)
+            model(),
+            EngineConfig(max_sessions=SLOTS, kv_pages=pages, page_tokens=page, runner=self.runner),
         )
         self.live: list[Heard] = []
         self.saved: list[tuple[bytes, Heard]] = []
@@ -218,3 +222,13 @@ class Calls(RuleBasedStateMachine):
 
 TestCalls = Calls.TestCase
 TestCalls.settings = settings(max_examples=60, stateful_step_count=50)
+
+
+class CallsAhead(Calls):
+    """The same with steps on their way between any two calls."""
+
+    runner = "captured"
+
+
+TestCallsAhead = CallsAhead.TestCase
+TestCallsAhead.settings = settings(max_examples=20, stateful_step_count=50)

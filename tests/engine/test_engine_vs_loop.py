@@ -51,16 +51,22 @@ def random_script(draw: st.DrawFn, policy: DecisionPolicy, chunks: int, seed: in
 
 
 @settings(max_examples=12)
-@given(data=st.data(), sessions=st.sampled_from([1, 2, 5]), page=st.sampled_from([7, 16, 64]))
+@given(
+    data=st.data(),
+    sessions=st.sampled_from([1, 2, 5]),
+    page=st.sampled_from([7, 16, 64]),
+    runner=st.sampled_from(["auto", "auto", "captured"]),
+)
 def test_equals_the_plain_loop(
-    model: Model, policy: DecisionPolicy, data: st.DataObject, sessions: int, page: int
+    model: Model, policy: DecisionPolicy, data: st.DataObject, sessions: int, page: int, runner: str
 ) -> None:
     scripts = [
         data.draw(st.composite(random_script)(policy, chunks=data.draw(st.integers(1, 14)), seed=i))
         for i in range(sessions)
     ]
+    pages = 4000 // page * sessions
     engine = Engine(
-        model, EngineConfig(max_sessions=sessions, kv_pages=4000 // page * sessions, page_tokens=page)
+        model, EngineConfig(max_sessions=sessions, kv_pages=pages, page_tokens=page, runner=runner)
     )
     for got, script in zip(run_engine(engine, scripts), scripts, strict=True):
         check_equal(got, expected(model, script))
