@@ -31,7 +31,7 @@ FILES = {
 }
 
 # What stands among the ops' files and is no op.
-OPS_SHARED = {"__init__", "contract", "dispatch", "native", "triton"}
+OPS_SHARED = {"__init__", "contract", "cuda", "cuda_images", "dispatch", "native", "triton"}
 TESTS_SHARED = {"conftest", "test_contract", "test_dispatch"}
 TRITON_SHARED = {"__init__", "calls", "device", "launch", "resources", "tuning"}
 STAGES = {"encoder", "decoder"}  # whole stages of the path in one call, as in fastloop/encoder.py

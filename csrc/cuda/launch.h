@@ -13,6 +13,7 @@
 #include <utility>
 
 #include "driver.h"
+#include "fastloop_cuda.h"
 
 namespace fastloop::cuda {
 

@@ -5,6 +5,7 @@ Importing this package registers every op as `torch.ops.fastloop.<name>`.
 
 from .block_attention import block_attention, block_attention_ref
 from .conv_stem import conv_stem, conv_stem_ref
+from .cuda import register_cuda
 from .decide import decide, decide_ref
 from .dispatch import REGISTRY, BackendError, Op, use_backend
 from .layer_norm import layer_norm, layer_norm_ref
@@ -17,6 +18,7 @@ from .sample import sample, sample_ref
 from .triton import register_triton
 
 register_triton(REGISTRY.values())
+register_cuda(REGISTRY.values())
 
 __all__ = [
     "REGISTRY",
