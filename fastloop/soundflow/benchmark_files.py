@@ -92,8 +92,10 @@ def locate(path: Path, patterns: Sequence[str]) -> list[Path]:
 
 
 def rows(file: Path) -> Iterator[Row]:
-    """The rows of a file, by the ending of its name; BenchmarkError names the place that is wrong."""
-    readers = {".json": _array, ".jsonl": _lines, ".csv": _table, ".tsv": _table, ".parquet": _parquet}
+    """The rows of a file, by the ending of its name; BenchmarkError names the place that is wrong. JSON may
+    be a list or lines, whatever the ending.
+    """
+    readers = {".json": _json, ".jsonl": _json, ".csv": _table, ".tsv": _table, ".parquet": _parquet}
     reader = readers.get(file.suffix)
     if reader is None:
         raise BenchmarkError(f"{file}: is none of {', '.join(readers)}")
@@ -114,8 +116,13 @@ def _content(file: Path) -> str:
         raise BenchmarkError(f"{file}: cannot be read: {error}") from error
 
 
-def _lines(file: Path) -> Iterator[tuple[str, Any]]:
-    for number, line in enumerate(_content(file).split("\n"), start=1):
+def _json(file: Path) -> Iterator[tuple[str, Any]]:
+    text = _content(file)
+    return _array(file, text) if text.lstrip().startswith("[") else _lines(file, text)
+
+
+def _lines(file: Path, text: str) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             where = f"{file}:{number}"
             try:
@@ -124,9 +131,9 @@ def _lines(file: Path) -> Iterator[tuple[str, Any]]:
                 raise BenchmarkError(f"{where}: not valid JSON: {error}") from error
 
 
-def _array(file: Path) -> Iterator[tuple[str, Any]]:
+def _array(file: Path, text: str) -> Iterator[tuple[str, Any]]:
     """The items of a JSON list, decoded one by one: so each has a line."""
-    text, decoder = _content(file), json.JSONDecoder()
+    decoder = json.JSONDecoder()
     at, line = 0, 1
 
     def skip(expected: str) -> str:

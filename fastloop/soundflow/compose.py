@@ -37,7 +37,7 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Composed:
-    """pcm float32 [S] at 16 kHz, multiples of 2^-15 (what 16-bit FLAC holds); its record (corpus.py)."""
+    """pcm float32 [S] at 16 kHz, multiples of 2^-15 (what 16-bit FLAC holds); its record (shards.py)."""
 
     pcm: np.ndarray
     record: Record

@@ -14,10 +14,9 @@ from ..audio.pcm import AudioError
 from ..config import SAMPLE_RATE
 from .clips import DataError, Unreadable
 from .compose import Composed, Record, Turn, at_level
-from .corpus import write_shard
 from .released import OnlineTurn, read_online
 from .render import audible
-from .shards import SILENCE
+from .shards import SILENCE, write_shard
 from .sounds import GENERATORS
 from .synth import samples
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..text import Tokenizer, listening_ids, prefix_ids
-from .shards import Turn
+from .shards import Stream, Turn
 
 IGNORED = -100  # label of what is not learned
 EARLY, LATE = 0.1, 0.15  # chances that the history of a training sequence answers a chunk too soon, too late
@@ -130,3 +130,20 @@ def due_replies(turns: Iterable[Turn], chunks: int, chunk_s: float) -> dict[int,
         if chunk < chunks:
             replies[chunk] = reply
     return replies
+
+
+def token_sequence(
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    stream: Stream,
+    system_prompt: str | None = None,
+    rng: np.random.Generator | None = None,
+) -> TokenSequence:
+    """A stream -> its ids and labels, whole chunks (the last one filled up with silence).
+
+    rng: some histories answer too soon or too late, as `plan` has it.
+    """
+    chunk_s = config.chunk_seconds
+    chunks = math.ceil(stream.seconds / chunk_s - 1e-9)
+    steps = plan(due_replies(stream.turns, chunks, chunk_s), chunks, rng)
+    return build(config, tokenizer, steps, system_prompt)

@@ -1,7 +1,13 @@
-"""Shards in: webdataset tars of composed streams -> sound and turns, checked field by field.
+"""Shards: webdataset tars of composed streams, written whole or not at all, and read field by field.
 
-A sample is `<id>.flac` (16 kHz mono) and `<id>.json` with the fields of `Stream`. What cannot be used is
-never skipped silently: it is reported with its shard, its id and the reason.
+A shard holds, per stream, `<id>.flac` (16 kHz mono, 16 bit) and `<id>.json`, the record: the public
+structure of StreamAudio-2M (id, stream_scene_type, num_turns, turns with user, assistant, emotion,
+scene_type, audio_path; arXiv 2606.05121) plus ability, sub_task, split, seed, duration_s, and for each
+turn label, start_s, end_s, answer_s: stream times in seconds. Turns are in the order of their start;
+answer_s is the time from which the answer is due, null for silence.
+
+`parse_stream` is the one reader of a record, and nothing is written that it cannot read. What cannot be
+used is never skipped silently: it is reported with its shard, its id and the reason.
 """
 
 from __future__ import annotations
@@ -10,11 +16,12 @@ import io
 import itertools
 import json
 import math
+import os
 import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
@@ -22,8 +29,12 @@ import soundfile
 from ..config import SAMPLE_RATE
 from ..errors import FastloopError
 
+if TYPE_CHECKING:
+    from .compose import Composed
+
 SILENCE = "<no need to response>"  # as StreamAudio-2M spells it
 SPLITS = ("train", "val")
+LENGTH_S = 0.05  # so much may a sound and its duration_s differ
 Report = Callable[[str], None]
 
 
@@ -63,6 +74,42 @@ class Stream:
     def silent(self) -> bool:
         """Nothing in it calls for an answer."""
         return all(turn.reply is None for turn in self.turns)
+
+
+def write_shard(path: Path, streams: Iterable[Composed]) -> int:
+    """Write a tar that is whole or absent -> number of streams; the same streams give the same bytes."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    count = 0
+    try:
+        with part.open("wb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+                for made in streams:
+                    name = made.record["id"]
+                    _member(tar, f"{name}.flac", encode_flac(made.pcm))
+                    parse_stream(made.record)
+                    text = json.dumps(made.record, ensure_ascii=False, allow_nan=False)
+                    _member(tar, f"{name}.json", text.encode())
+                    count += 1
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return count
+
+
+def _member(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)  # time, owner and mode are fixed: equal contents, equal bytes
+    info.size = len(data)
+    tar.addfile(info, io.BytesIO(data))
+
+
+def encode_flac(pcm: np.ndarray) -> bytes:
+    """float32 [S] within [-1, 1) -> 16-bit FLAC at 16 kHz."""
+    buffer = io.BytesIO()
+    whole = np.clip(np.round(pcm * 32768), -32768, 32767).astype(np.int16)
+    soundfile.write(buffer, whole, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return buffer.getvalue()
 
 
 def find_shards(paths: Sequence[Path]) -> list[Path]:
@@ -130,9 +177,15 @@ def _sound(sample: Mapping[str, bytes], stream: Stream) -> np.ndarray:
         raise ShardError(f".flac cannot be decoded: {error}") from error
     if rate != SAMPLE_RATE or pcm.ndim != 1:
         raise ShardError(f".flac has {rate} Hz and {pcm.ndim} dimension(s); it must be {SAMPLE_RATE} Hz mono")
-    if abs(len(pcm) / SAMPLE_RATE - stream.seconds) > 0.05:
-        raise ShardError(f"duration_s is {stream.seconds:g}, the sound lasts {len(pcm) / SAMPLE_RATE:g} s")
+    check_length(stream, pcm)
     return pcm
+
+
+def check_length(stream: Stream, pcm: np.ndarray) -> None:
+    """ShardError where the sound, float32 [S], is not as long as its record says."""
+    seconds = len(pcm) / SAMPLE_RATE
+    if abs(seconds - stream.seconds) > LENGTH_S:
+        raise ShardError(f"duration_s is {stream.seconds:g}, the sound lasts {seconds:g} s")
 
 
 class Fields:

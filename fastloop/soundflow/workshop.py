@@ -21,10 +21,10 @@ import soxr
 from . import voices
 from .clips import DataError
 from .compose import Composed
-from .corpus import write_shard
 from .grammar import read_scenarios
 from .llm import LlmPlanner
 from .planner import GrammarPlanner, Planner, RandomPlanner
+from .shards import write_shard
 from .sounds import Library
 from .streams import Mix, chosen_tasks, stream
 
@@ -158,7 +158,7 @@ DECIDING = """
 sounds.yaml phrases.yaml abilities.yaml scenarios/*.yaml
 synth.py ambience.py alerts.py scenes.py clips.py tfjp.py voices.py sounds.py
 grammar.py scripts.py abilities.py planner.py llm.py grounding.py
-render.py questions.py compose.py suitability.py streams.py corpus.py workshop.py
+render.py questions.py compose.py suitability.py streams.py shards.py workshop.py
 """
 
 

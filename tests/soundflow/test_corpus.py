@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import io
 import json
 import os
 import signal
@@ -19,12 +20,11 @@ import pytest
 import soundfile
 
 from fastloop.config import ModelConfig
-from fastloop.soundflow import corpus, voices
+from fastloop.soundflow import shards, voices
 from fastloop.soundflow.builder import build
 from fastloop.soundflow.clips import DataError
-from fastloop.soundflow.corpus import token_sequence, write_shard
-from fastloop.soundflow.sequence import IGNORED
-from fastloop.soundflow.shards import ShardError, find_shards, read_streams
+from fastloop.soundflow.sequence import IGNORED, token_sequence
+from fastloop.soundflow.shards import ShardError, find_shards, parse_stream, read_streams, write_shard
 from fastloop.soundflow.sounds import Library
 from fastloop.soundflow.streams import default_mix, stream
 from fastloop.soundflow.workshop import STRIDE, BuildConfig, Workshop
@@ -63,7 +63,7 @@ def test_a_shard_holds_what_stream_gives_to_the_bit(
 
 def test_flac_keeps_every_16_bit_sample() -> None:
     x = (np.arange(-32768, 32768) / 32768).astype(np.float32)
-    back, rate = soundfile.read(corpus.io.BytesIO(corpus.encode_flac(x)), dtype="float32")
+    back, rate = soundfile.read(io.BytesIO(shards.encode_flac(x)), dtype="float32")
     assert rate == 16000 and np.array_equal(back, x)
 
 
@@ -78,7 +78,7 @@ def test_a_shard_that_cannot_be_written_leaves_nothing(
         monkeypatch.context() as patched,
         pytest.raises(DataError, match=r"No space left.*finished shards are kept"),
     ):
-        patched.setattr(corpus.os, "fsync", full)
+        patched.setattr(shards.os, "fsync", full)
         build(config, tmp_path / "full")
     assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["train.build.json"]
     build(config, tmp_path / "full")
@@ -263,7 +263,7 @@ def test_a_record_becomes_the_protocol(words: Tokenizer, model: ModelConfig) -> 
     ]
     record = {"id": "x", "stream_scene_type": "lab", "num_turns": 4, "ability": "a", "sub_task": "b"}
     record |= {"split": "train", "seed": 0, "duration_s": 1.5, "audio_path": "x.flac", "turns": turns}
-    made = token_sequence(model, words, record, "Listen.")
+    made = token_sequence(model, words, parse_stream(record), "Listen.")
     t = model.tokens
     prefix = [t.online, t.language, t.system, t.text_begin, *words.encode("Listen."), t.text_end]
     hear = [t.audio_begin, *[t.audio_pad] * model.chunk_tokens, t.assistant]
@@ -282,7 +282,7 @@ def test_streams_become_sequences_with_a_decision_for_every_chunk(
     t = model.tokens
     for index in range(3):
         record = stream(5, index, default_mix(library, ["household"]), 25.6).record
-        made = token_sequence(model, words, record)
+        made = token_sequence(model, words, parse_stream(record))
         decisions = made.labels[1:][made.ids[:-1] == t.assistant]
         assert len(decisions) == 64 and set(decisions.tolist()) <= {t.keep_silence, t.text_begin}
         due = {turn["answer_s"] for turn in record["turns"] if turn["answer_s"] is not None}

@@ -256,16 +256,20 @@ def test_eval_streams_writes_json_lines_and_plot(tmp_path: Path, checkpoint: str
     assert (tmp_path / "o" / "streams.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_eval_streams_reads_json_lines_beside_sounds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("listed", [False, True])
+def test_eval_streams_reads_json_beside_sounds(tmp_path: Path, listed: bool) -> None:
     write_wav(tmp_path / "a.wav", random_sound(4.0))
-    rows = [record("a", audio_path="a.wav"), record("gone", audio_path="gone.wav")]
-    file = tmp_path / "truth.jsonl"
-    file.write_text("\n".join(map(json.dumps, rows)))
+    write_wav(tmp_path / "short.wav", random_sound(3.0))
+    made = [record(name, audio_path=f"{name}.wav") for name in ("a", "gone", "short")]
+    rows = [*map(json.dumps, made), json.dumps(record("b", duration_s="long"))]
+    file = tmp_path / "truth.json"
+    file.write_text("[" + ",\n".join(rows) + "]" if listed else "\n".join(rows))
     skipped: list[str] = []
     pairs = read_truth([file], "train", skipped.append)
     assert [(stream.id, len(pcm)) for stream, pcm in pairs] == [("a", 64_000)]
-    assert len(skipped) == 1
-    assert "gone.wav" in skipped[0]
+    for line, number, words in zip(skipped, (2, 3, 4), ("gone.wav", "lasts 3 s", "duration_s"), strict=True):
+        assert line.startswith(f"{file}:{number}: ")
+        assert words in line
 
 
 def test_eval_proactive_writes_predictions(tmp_path: Path, checkpoint: str) -> None:

@@ -157,8 +157,9 @@ def test_a_wrong_field_of_mmau_is_named_with_its_line(
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", ":1: not valid JSON: a list has the end here"),
-        ("{}", ":1: not valid JSON: a list has '{' here"),
+        ("", "holds no item"),
+        ("{}\n[]", ":2: must be a JSON object, is a list"),
+        ("[\n{},", ":2: not valid JSON: a list has the end here"),
         ("[\n 1\n]", ":2: must be a JSON object, is a int"),
         ('[{"id": "a"}\n\n 3]', ":3: not valid JSON: a list has '3' here"),
         ("[\n{]", ":2: not valid JSON"),
