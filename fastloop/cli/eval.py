@@ -166,7 +166,10 @@ def offline_command(
     mode: Annotated[str, typer.Option(help="offline: the clip at once; streaming: as it comes.")] = "offline",
     out: Annotated[Path, typer.Option(help="Directory for answers, JSON and plot.")] = Path("offline"),
     instruction: Annotated[
-        str | None, typer.Option(help="What to do with a clip that brings no question; else the set's own.")
+        str | None,
+        typer.Option(
+            help="What to do with a clip that brings no question ('': nothing is said); else the set's."
+        ),
     ] = None,
     prompt: Annotated[str | None, typer.Option(help="System prompt; else the model's own.")] = None,
     judge: Annotated[
@@ -205,7 +208,8 @@ def offline_command(
             raise ConfigError(f"--judge: {benchmark} is scored without one")
         hearing = Hearing(sessions, window, threshold, prompt, tokens)
         speaker = str(spoken or voices.version()) if benchmark == "mmau-spoken" else None
-        how = offline.How(mode, hearing, instruction or chosen.instruction, speaker)
+        asked = chosen.instruction if instruction is None else instruction or None
+        how = offline.How(mode, hearing, asked, speaker)
         loaded = _load(model, dtype, threads)
         stem, skipped = out / f"{benchmark}-{mode}", list[str]()
         with _bar("clips", len(items)) as show:

@@ -313,6 +313,18 @@ def test_a_judge_rates_open_answers(tmp_path: Path, checkpoint: str, endpoint: A
     assert len(endpoint.asked) == 3
 
 
+@pytest.mark.parametrize(
+    ("given", "noted"),
+    [((), "Write down what is said."), (("--instruction", ""), None), (("--instruction", "Hm"), "Hm")],
+)
+def test_the_instruction_is_the_sets_own_or_the_callers_or_none(
+    tmp_path: Path, checkpoint: str, given: tuple[str, ...], noted: str | None
+) -> None:
+    sets.librispeech(tmp_path / "set")
+    assert run(*options(tmp_path, checkpoint, "librispeech", "offline"), *given)[0] == 0
+    assert json.loads((tmp_path / "o/librispeech-offline.json").read_text())["instruction"] == noted
+
+
 def test_unreadable_clips_are_counted_in_the_report(tmp_path: Path, checkpoint: str) -> None:
     root = sets.librispeech(tmp_path / "set")
     (root / "test-clean/0/12/0-12-0001.flac").unlink()
