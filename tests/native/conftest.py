@@ -1,27 +1,62 @@
-"""`emulation`: CUDA kernels on the CPU (tests/native/cuda_emulation); a skip where there is no compiler."""
+"""`emulation`: CUDA kernels on the CPU (tests/native/cuda_emulation); a skip where there is no compiler.
+
+`kernels`, `check`: those of mel, paged_attention, decide and sample as functions (cuda_kernels.py).
+"""
 
 from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
-PATH = Path(__file__).parent / "cuda_emulation" / "emulation.py"
+from fastloop.testing.op_cases import Case
+from fastloop.testing.selfcheck import compare
+
+HERE = Path(__file__).parent
+
+
+def load(name: str, folder: Path = HERE) -> ModuleType:
+    """A module of this folder, which is no package."""
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 @pytest.fixture(scope="session")
 def emulation() -> ModuleType:
-    name = "cuda_emulation"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, PATH)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    module = sys.modules[name]
+    module = load("emulation", HERE / "cuda_emulation")
     if module.compiler() is None:
         pytest.skip("no C++ compiler")
     return module
+
+
+@pytest.fixture(scope="session")
+def libraries() -> dict[str, Any]:
+    """op -> its kernels, compiled with the first launch."""
+    return {}
+
+
+@pytest.fixture
+def kernels(emulation: ModuleType, libraries: dict[str, Any]) -> Any:
+    return load("cuda_kernels").Kernels(emulation, libraries=libraries)
+
+
+@pytest.fixture
+def check(kernels: Any) -> Callable[..., None]:
+    """`check(op, case, seed=..., blocks=...)`: within the bound of the definition, nothing else touched."""
+
+    def run(op: str, case: Case, **options: int) -> None:
+        for name, value in options.items():
+            setattr(kernels, name, value)
+        found = compare(load("cuda_kernels").Emulated(op, kernels), case)
+        assert found.ok, found.problem
+
+    return run

@@ -148,7 +148,9 @@ def build_library(sources: Sequence[Path], flags: Sequence[str] = (), name: str 
     found = compiler()
     if found is None:
         raise FileNotFoundError("no C++ compiler")
-    main = '#include "intrinsics.h"\n' + "".join(f'#include "{source}"\n' for source in sources)
+    main = '#include "intrinsics.h"\n#include "library.h"\n' + "".join(
+        f'#include "{source}"\n' for source in sources
+    )
     headers = [*HERE.glob("*.h"), *(ROOT / "csrc/cuda").glob("*.cuh"), *(ROOT / "csrc/cuda").glob("*.h")]
     digest = hashlib.sha256(repr((main, found, flags, FLAGS)).encode())
     for file in sorted([*headers, *sources]):

@@ -1,0 +1,168 @@
+"""The CUDA kernels of mel, paged_attention, decide and sample, run on the CPU, as functions like the ops'.
+
+Threads take turns in an order drawn from a seed, shared memory and results begin as NaN, asynchronous copies
+arrive as late as they may (cuda_emulation). What runs on a GPU is the same source. How many blocks there are
+is the tests' choice here, and the host's in test_cuda_launches.py.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from struct import pack
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from fastloop.ops.mel import CLAMPS, EDGES
+
+SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
+OPS = ("mel", "paged_attention", "decide", "sample")
+NAMES = {
+    torch.float32: "f32",
+    torch.bfloat16: "bf16",
+    torch.float16: "f16",
+    torch.float8_e4m3fn: "e4m3",
+}
+
+
+def generator(seed: int = 1) -> Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.full(shape, torch.nan if dtype.is_floating_point else torch.iinfo(dtype).min, dtype=dtype)
+
+
+def struct(fields: str, *values: Any) -> bytes:
+    """A params struct as C lays it out; fields as in the module struct, P for the address of a tensor."""
+    plain = [value.data_ptr() if isinstance(value, Tensor) else value for value in values]
+    packed = pack("@" + fields, *plain)
+    return packed + bytes(-len(packed) % 8)
+
+
+@dataclass
+class Kernels:
+    """Calls of the ops as launches of the kernels.
+
+    seed: of the order of threads; blocks: of a grid, or of a team, that may have any size; resident: clusters
+    that run at the same time; held: whether sample keeps its logits in shared memory.
+    """
+
+    emulation: ModuleType
+    seed: int = 0
+    blocks: int = 3
+    resident: int = 2
+    held: bool = True
+    libraries: dict[str, Any] = field(default_factory=dict)
+
+    def launch(
+        self, kernel: str, grid: list[int], threads: int, *arguments: Any, shared: int = 0, cluster: int = 1
+    ) -> None:
+        op = next(op for op in OPS if kernel.startswith(op))
+        if op not in self.libraries:
+            self.libraries[op] = self.emulation.build([SOURCES / f"{op}.cu"])
+        options = {"shared": shared, "cluster": cluster, "seed": self.seed, "resident": self.resident}
+        self.libraries[op].launch(kernel, grid, [threads], *arguments, **options)
+
+    def mel(
+        self,
+        pcm: Tensor,
+        slots: Tensor,
+        tail: Tensor,
+        peak: Tensor,
+        seen: Tensor,
+        filters: Tensor,
+        bands: Tensor,
+        edge: str = "reflect",
+        clamp: str = "running",
+    ) -> Tensor:
+        (streams, samples), bins = pcm.shape, len(filters)
+        frames = poisoned(streams, samples // 160, bins)
+        modes = EDGES.index(edge), 1 - CLAMPS.index(clamp)
+        self.launch(
+            "mel", [streams], 448, pcm, slots, tail, peak, seen, filters, bands, frames, pcm.stride(0),
+            samples, bins, *modes, shared=100 * 1024,
+        )  # fmt: skip
+        return frames
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        block_table: Tensor,
+        row_starts: Tensor,
+        kv_lens: Tensor,
+        gaps: Tensor,
+    ) -> Tensor:
+        (_, heads, head), (page, groups) = q.shape, k_pages.shape[1:3]
+        sums, scales = (poisoned(2 * self.blocks, groups, 128, width) for width in (head, 2))
+        arrived = torch.zeros(self.blocks, groups, dtype=torch.int32)
+        out = poisoned(*q.shape, dtype=q.dtype)
+        kernel = f"paged_attention_{NAMES[q.dtype]}_{NAMES[k_pages.dtype]}_{64 if head <= 64 else 128}"
+        self.launch(
+            kernel, [self.blocks, groups], 256, q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps,
+            out, sums, scales, arrived, len(kv_lens), heads, head, page, block_table.stride(0), head**-0.5,
+            shared=128 * 1024,
+        )  # fmt: skip
+        assert not arrived.any()
+        return out
+
+    def decide(
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        head: Tensor,
+        slots: Tensor,
+        policy: Tensor,
+        state: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        rows, width = x.shape
+        p, decision = poisoned(rows), poisoned(rows, dtype=torch.int32)
+        aligned = width * x.element_size() % 16 == 0 and all(
+            t.data_ptr() % 16 == 0 for t in (x, norm_weight, head)
+        )
+        params = struct(
+            "PPPPPPPPqdiii", x, norm_weight, head, slots, policy, state, p, decision, x.stride(0), eps, rows,
+            width, aligned,
+        )  # fmt: skip
+        team = {"shared": 12 * rows, "cluster": self.blocks}
+        self.launch(f"decide_{NAMES[x.dtype]}", [self.blocks], 512, params, **team)
+        return p, decision
+
+    def sample(
+        self,
+        logits: Tensor,
+        banned: Tensor,
+        phase: Tensor,
+        temperature: Tensor,
+        top_k: Tensor,
+        top_p: Tensor,
+        seed: Tensor,
+        counter: Tensor,
+    ) -> Tensor:
+        rows, vocab = logits.shape
+        tokens = poisoned(rows, dtype=torch.int64)
+        slice_ = -(-vocab // self.blocks)
+        params = struct(
+            "PPPPPPPPPqiii", logits, banned, phase, temperature, top_k, top_p, seed, counter, tokens,
+            logits.stride(0), vocab, slice_, self.held,
+        )  # fmt: skip
+        room = {"shared": 34 * 1024 + (4 * slice_ if self.held else 0), "cluster": self.blocks}
+        self.launch(f"sample_{NAMES[logits.dtype]}", [rows * self.blocks], 512, params, **room)
+        return tokens
+
+
+@dataclass
+class Emulated:
+    """One op, as fastloop.testing calls implementations."""
+
+    op: str
+    kernels: Kernels
+
+    def __call__(self, **arguments: Any) -> Any:
+        return getattr(self.kernels, self.op)(**arguments)
