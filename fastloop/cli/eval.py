@@ -33,6 +33,7 @@ Out = Annotated[Path | None, typer.Option(help="Directory for the JSON files and
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: what is computed in.")]
 Sessions = Annotated[int, typer.Option(help="Streams side by side.")]
 Threshold = Annotated[float, typer.Option(help="Respond when p(respond) is above it.")]
+Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0: as many as there are cores.")]
 
 
@@ -50,6 +51,7 @@ def streams_command(
     threshold: Threshold = 0.5,
     window: Annotated[float, typer.Option(help="Seconds of sound that the model looks back on.")] = 60.0,
     dtype: Dtype = "float32",
+    device: Device = "cpu",
     threads: Threads = 0,
 ) -> None:
     """Triggers, false triggers, latencies, words and replies on streams whose truth is known.
@@ -67,7 +69,7 @@ def streams_command(
         from ..soundflow.hear import Hearing, hear
         from ..soundflow.truth import read_truth
 
-        loaded = _load(model, dtype, threads)
+        loaded = _load(model, dtype, device, threads)
         skipped: list[str] = []
         pairs = read_truth(manifest, None if split == "all" else split, skipped.append, limit)
         _report_skipped("streams", skipped)
@@ -109,6 +111,7 @@ def proactive_command(
     sessions: Sessions = 16,
     threshold: Threshold = 0.5,
     dtype: Dtype = "float32",
+    device: Device = "cpu",
     threads: Threads = 0,
 ) -> None:
     """Proactive-Sound-Effect-Benchmark: respond or ignore, by domain and folder.
@@ -131,7 +134,7 @@ def proactive_command(
         usable = [i for i, sound in enumerate(sounds) if len(sound)]
         if not usable:
             raise BenchmarkError(f"{audio}: none of the {len(items)} sounds is there")
-        loaded = _load(model, dtype, threads)
+        loaded = _load(model, dtype, device, threads)
         how = Hearing(sessions=sessions, threshold=threshold, system_prompt=prompt)
         chosen = [items[i] for i in usable]
         with _bar("streams", None) as show:
@@ -182,6 +185,7 @@ def offline_command(
     threshold: Threshold = 0.5,
     window: Annotated[float, typer.Option(help="streaming: seconds that the model looks back on.")] = 60.0,
     dtype: Dtype = "float32",
+    device: Device = "cpu",
     threads: Threads = 0,
 ) -> None:
     """MMAU, LlamaQuestions, WebQuestions, AlpacaEval, SD-QA, LibriSpeech, CoVoST 2: answers about clips.
@@ -210,7 +214,7 @@ def offline_command(
         speaker = str(spoken or voices.version()) if benchmark == "mmau-spoken" else None
         asked = chosen.instruction if instruction is None else instruction or None
         how = offline.How(mode, hearing, asked, speaker)
-        loaded = _load(model, dtype, threads)
+        loaded = _load(model, dtype, device, threads)
         stem, skipped = out / f"{benchmark}-{mode}", list[str]()
         with _bar("clips", len(items)) as show:
             said = offline.answer(
@@ -271,13 +275,20 @@ def _failures(command: str) -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
-def _load(name: str, dtype: str, threads: int) -> Model:
+def _load(name: str, dtype: str, device: str, threads: int) -> Model:
     import torch
 
     from ..checkpoint import load
 
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise ConfigError(f"--device: choose cpu, cuda or cuda:1 and so on, got {device!r}")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
+        )
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    return load(name, dtype=dtype)
+    return load(name, dtype=dtype, device=device)
 
 
 def _report_skipped(command: str, problems: list[str]) -> None:

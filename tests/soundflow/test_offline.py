@@ -346,6 +346,8 @@ def test_bad_input_is_one_line(tmp_path: Path, checkpoint: str) -> None:
         (("llama-questions", root, "--judge", "http://x/v1"), "--judge-model"),
         (("librispeech", speech, "--judge", "http://x/v1", "--judge-model", "m"), "scored without one"),
         (("llama-questions", root, "--tokens", 0), "max_response_tokens"),
+        (("llama-questions", root, "--device", "gpu"), "--device: choose cpu, cuda"),
+        (("llama-questions", root, "--device", "cuda:99"), "--device cuda:99: torch"),
         (("llama-questions", root, "--out", root / "eval_datas/llama_questions/audios/0.mp3"), "written"),
     ):
         code, _, said = run("--out", tmp_path / "o", *arguments, "--model", checkpoint)
