@@ -161,8 +161,10 @@ class EngineConfig:
     page_tokens: token slots in a page (Q).
     max_step_rows: rows of one ragged decoder step; a single longer item still runs, alone.
     max_perceive_chunks: chunks encoded in one step.
-    admission: who enters a step first: "fifo", or "deadline": earliest deadline first, with a floor rate for
-        responses (fastloop.engine.admission).
+    admission: who is perceived and enters a step first: "fifo", or "deadline": earliest deadline first, with
+        a floor rate for responses (fastloop.engine.admission).
+    cohort_s: how long a chunk may wait for others to share its step, seconds (AsyncEngine, Engine.begin_at);
+        None: 2 ms where the weights' traffic decides (the captured runner), elsewhere no time at all.
     runner: "native" (compiled, CPU), "eager" (op by op), "captured" (graphs replayed from fixed buffers; on
         the CPU a recording of them, for tests), or "auto": native where it is built and the model is on the
         CPU, else eager.
@@ -179,6 +181,7 @@ class EngineConfig:
     max_step_rows: int = 1024
     max_perceive_chunks: int = 64
     admission: str = "fifo"
+    cohort_s: float | None = None
     runner: str = "auto"
     precision: str = "auto"
     threads: int | None = None
@@ -193,6 +196,8 @@ class EngineConfig:
         _range(where, "max_step_rows", self.max_step_rows, 1, 2**20, int)
         _range(where, "max_perceive_chunks", self.max_perceive_chunks, 1, 2**20, int)
         _choice(where, "admission", self.admission, ADMISSIONS)
+        if self.cohort_s is not None:
+            _range(where, "cohort_s", self.cohort_s, 0, 0.1, _NUMBER)
         _choice(where, "runner", self.runner, RUNNERS)
         _choice(where, "precision", self.precision, PRECISIONS)
         if self.threads is not None:

@@ -54,8 +54,8 @@ def fifo(waiting: Sequence[Waiting], now: float, step_seconds: float) -> list[Wa
 def deadline(waiting: Sequence[Waiting], now: float, step_seconds: float) -> list[Waiting]:
     """Responses that are about to fall below their floor rate, then listeners, then other responses.
 
-    now: when the step begins; step_seconds: what a step takes about. A token left out of this step comes with
-    the next one, after two of them.
+    now: when the step begins; step_seconds: what a step takes about, or more where others are on their way
+    before it. A token left out of this step comes with the next one, after two of them.
     """
     last_call = now + 2 * step_seconds
 
@@ -81,12 +81,14 @@ def take(ordered: Sequence[Waiting], max_rows: int) -> list[Waiting]:
     return taken
 
 
-def start_at(waiting: Sequence[Waiting], now: float, cohort_s: float = COHORT_S) -> float:
+def start_at(
+    waiting: Sequence[Waiting], now: float, cohort_s: float = COHORT_S, others: bool = True
+) -> float:
     """When the next step should begin: at once, or a moment later so that a cohort can form.
 
     Never later than `cohort_s` after the first of those that wait became ready; at once where there are rows
-    enough, or a response, whose next token nothing is to delay.
+    enough, a response, whose next token nothing is to delay, or no others who could come.
     """
-    if any(w.speaks for w in waiting) or sum(w.rows for w in waiting) >= COHORT_ROWS:
+    if not others or any(w.speaks for w in waiting) or sum(w.rows for w in waiting) >= COHORT_ROWS:
         return now
     return max(now, min(w.ready for w in waiting) + cohort_s)

@@ -103,6 +103,9 @@ class AsyncEngine:
         while not self._stop.is_set():
             self._idle.clear()
             try:
+                later = self.engine.begin_at() - self.engine.clock()
+                if later > 0:  # a cohort forms
+                    self._stop.wait(later)
                 busy = self.engine.step()
             except Exception as error:  # the model failed: tell every session, never hang
                 for session in list(self.engine._sessions.values()):

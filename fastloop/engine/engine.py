@@ -16,7 +16,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,11 +29,11 @@ from ..mel import MelState
 from ..options import EngineConfig, SessionConfig
 from ..text import prefix_ids
 from . import perceive, scheduler, snapshot
-from .admission import ORDERS
+from .admission import COHORT_S, ORDERS, start_at
 from .buckets import SPARE_STREAMS
 from .kv_cache import KVCache, KVSequence, pages_for
 from .memory import MemoryPlan, memory_plan, session_pages
-from .protocol import Item, Stream
+from .protocol import LISTENING, Item, Stream
 from .runner import Runner
 from .runners import kv_dtype, make_runner
 from .sequences import Sequences, StepItem
@@ -53,9 +53,14 @@ class Engine:
     """Sessions over one model. See the module's docstring; errors are in fastloop.errors."""
 
     def __init__(
-        self, model: Model, config: EngineConfig | None = None, runner: Runner | None = None
+        self,
+        model: Model,
+        config: EngineConfig | None = None,
+        runner: Runner | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
+        self.clock = clock  # seconds; what arrives and what is due is told by it
         self.config = config or EngineConfig()
         self.counters = Counters()
         self._dtype = kv_dtype(self.config, model)
@@ -74,7 +79,10 @@ class Engine:
         self._free_slots = list(range(self.config.max_sessions - 1, -1, -1))
         self._next_id = 0
         self._closing: set[Session] = set()
-        self._ahead: deque[list[Item]] = deque()  # the items of each step on its way, the oldest first
+        # Each step on its way, the oldest first: its items, and when the call began that submitted it.
+        self._ahead: deque[tuple[list[Item], float]] = deque()
+        self._begun = self._collected = 0.0  # when the last call of `step` began, and when it had results
+        self._step_s = 0.0  # what a step takes about
         self._closing_lock = threading.Lock()
         self._step_lock = threading.Lock()
         self.work = threading.Event()  # set when there may be something to do
@@ -172,7 +180,9 @@ class Engine:
         policy, seconds = config.policy, self.model.config.chunk_seconds
         self.runner.prepare("open", lambda: self._decisions.reset(slot, policy, seconds))
         kv = KVSequence(self.cache, lease, prefix.pages, prefix.length)
-        stream = Stream(self.model, self._next_id, slot, config, kv, lambda: self._fail(session))
+        stream = Stream(
+            self.model, self._next_id, slot, config, kv, lambda: self._fail(session), clock=self.clock
+        )
         session = Session(self, stream)
         self._sessions[session.id] = session
         self._next_id += 1
@@ -237,16 +247,33 @@ class Engine:
                     f"Engine.step: the engine has failed: {self._failure}; open another engine"
                 )
             self.work.clear()
-            begun = time.monotonic()
+            self._begun = self.clock()
             try:
                 work = perceive.perceive(self) + self._decode()
             except Exception as error:
                 self._fall(error)
                 raise
             if work:
-                self.counters.step_seconds.append(time.monotonic() - begun)
+                self.counters.step_seconds.append(self.clock() - self._begun)
         self._reap()
         return work
+
+    def begin_at(self) -> float:
+        """When `step` should be called, seconds of `clock`, for whoever calls it as sound arrives: now, or a
+        moment later so that a cohort can form (EngineConfig.cohort_s), never for a tick. A hint: `step` does
+        what there is to do at any time.
+        """
+        cohort_s = self.config.cohort_s
+        if cohort_s is None:
+            cohort_s = COHORT_S if self.runner.depth > 1 else 0.0
+        with self._step_lock:
+            now = self.clock()
+            if not cohort_s or self._ahead:
+                return now
+            found = [(stream, stream.waiting or stream.unheard) for stream in self._streams()]
+        waiting = [w for _, w in found if w is not None]
+        others = any(w is None and s.phase == LISTENING and not s.outbox.closed for s, w in found)
+        return start_at(waiting, now, cohort_s, others) if waiting else now
 
     def run_until_idle(self) -> int:
         """Step until nothing can be done now; returns the number of steps."""
@@ -281,9 +308,9 @@ class Engine:
 
     def _submit(self) -> int:
         """Plan and submit one step; returns the number of its sequences."""
-        last = self.counters.step_seconds[-1] if self.counters.step_seconds else 0.0
         order = ORDERS[self.config.admission]
-        items = scheduler.plan(self._streams(), self.config.max_step_rows, order, time.monotonic(), last)
+        seconds = self._step_s * (1 + self._depth) / 2  # those on their way come first
+        items = scheduler.plan(self._streams(), self.config.max_step_rows, order, self.clock(), seconds)
         if not items:
             return 0
         try:
@@ -294,7 +321,7 @@ class Engine:
             raise
         for item in items:
             item.stream.ahead.append(item)
-        self._ahead.append(items)
+        self._ahead.append((items, self._begun))
         self.counters.rows += sum(len(item.ids) for item in items)
         self.counters.steps += 1
         return len(items)
@@ -302,9 +329,10 @@ class Engine:
     def _collect(self) -> int:
         """Take the results of the oldest step on its way; returns the number of its sequences."""
         result = self.runner.collect()
-        items = self._ahead.popleft()
+        items, begun = self._ahead.popleft()
         decided, tokens = scheduler.commit(items, result)
-        now = time.monotonic()
+        now = self.clock()
+        self._step_s, self._collected = now - max(begun, self._collected), now
         self.counters.latency_seconds.extend(now - chunk.arrived for chunk in decided)
         self.counters.chunks += len(decided)
         self.counters.text_tokens += tokens

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,20 @@ class Inbox:
 
     chunk_samples: samples of one chunk.
     lead_samples: samples to arrive before the first chunk is counted (edge="wait": the lookahead).
+    clock: monotonic seconds.
     """
 
-    def __init__(self, chunk_samples: int, lead_samples: int, max_queued_s: float) -> None:
+    def __init__(
+        self,
+        chunk_samples: int,
+        lead_samples: int,
+        max_queued_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.chunk_samples = chunk_samples
         self.lead_samples = lead_samples
         self.max_queued_s = max_queued_s
+        self.clock = clock
         self.lock = threading.Lock()
         self.blocks: deque[np.ndarray] = deque()  # float32 at 16 kHz
         self.waiting = 0  # samples in `blocks`
@@ -141,7 +150,7 @@ class Inbox:
         self.waiting += len(samples)
         self.received += len(samples)
         if self._chunks_received > before:
-            self._arrivals.append((self.received, time.monotonic()))
+            self._arrivals.append((self.received, self.clock()))
 
     @property
     def _chunks_received(self) -> int:

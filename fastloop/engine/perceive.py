@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from .admission import ORDERS
 from .inbox import LOOKAHEAD_SAMPLES
 from .protocol import CLIP, Stream
 from .runner import Round
@@ -19,13 +20,14 @@ if TYPE_CHECKING:
 
 
 def perceive(engine: Engine) -> int:
-    """Encode what is queued, at most `max_perceive_chunks` chunks, the longest wait first; returns how many
-    (clips count one).
+    """Encode what is queued, at most `max_perceive_chunks` chunks, in the order of the admission policy;
+    returns how many (clips count one).
     """
     rounds: list[Round] = []
     owners: list[tuple[Stream, float]] = []
-    waiting = [(since, s.id, s) for s in engine._streams() if (since := s.chunk_since) is not None]
-    streams = [stream for _, _, stream in sorted(waiting, key=lambda entry: entry[:2])]
+    by_id = {stream.id: stream for stream in engine._streams()}
+    waiting = [w for stream in by_id.values() if (w := stream.unheard) is not None]
+    streams = [by_id[w.key] for w in ORDERS[engine.config.admission](waiting, 0.0, 0.0)]
     limit = engine.config.max_perceive_chunks
     while streams and len(owners) < limit:
         taken = _round(engine, streams[: limit - len(owners)])

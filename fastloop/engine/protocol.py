@@ -70,6 +70,7 @@ class Item:
     phase: int = FIRST  # of the token it draws
     feeds: bool = False  # its one row is the token that the session's item before it draws
     void: bool = False  # submitted in vain
+    planned: float = 0.0  # monotonic seconds
     position: int = 0  # RoPE position of the first row
     before: int = 0  # the sequence's end before this item
     slots: np.ndarray = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # of each row
@@ -86,6 +87,7 @@ class Stream:
         config: SessionConfig,
         kv: KVSequence,
         on_failure: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.model = model
         self.id = number
@@ -93,8 +95,9 @@ class Stream:
         self.config = config
         self.kv = kv
         self.on_failure = on_failure
+        self.clock = clock
         lead = LOOKAHEAD_SAMPLES if config.edge == "wait" else 0
-        self.inbox = Inbox(model.config.chunk_samples, lead, config.max_queued_s)
+        self.inbox = Inbox(model.config.chunk_samples, lead, config.max_queued_s, clock)
         self.outbox = Outbox()
         self.window = config.window_tokens(model.config)
         self.slack = window_slack(model.config)
@@ -174,11 +177,27 @@ class Stream:
             return None
         since = self.perceived[0].arrived if self.perceived else 0.0
         if self.phase == RESPONDING:
-            return Waiting(self.id, since, self.token_at, token_due(self.token_at), speaks=True)
+            last = self.ahead[-1].planned if self.ahead else self.token_at  # the earliest its token can come
+            return Waiting(self.id, since, last, token_due(last), speaks=True)
         if not self.perceived:
             return None
         due = chunk_due(since, self.freed, self.model.config.chunk_seconds)
-        return Waiting(self.id, since, max(since, self.freed), due)
+        chunks = min(len(self.perceived), self.config.speculative_chunks)
+        rows = chunks * self.model.config.chunk_rows
+        return Waiting(self.id, since, max(since, self.freed), due, rows=rows)
+
+    @property
+    def unheard(self) -> Waiting | None:
+        """Since when a chunk waits to be perceived, and when its decision is due; None: there is none.
+
+        Behind a response nothing is due yet, whose end nobody knows.
+        """
+        since = self.chunk_since
+        if since is None:
+            return None
+        due = chunk_due(since, self.freed, self.model.config.chunk_seconds)
+        due = math.inf if self.phase == RESPONDING else due
+        return Waiting(self.id, since, since, due, rows=self.model.config.chunk_rows)
 
     @property
     def _goes_on(self) -> bool:
@@ -241,7 +260,7 @@ class Stream:
 
     def _place(self, item: Item) -> Item:
         """Take the KV slots of an item's rows; CapacityError leaves the sequence as it was."""
-        item.position, item.before = self.kv.position, self.kv.end
+        item.position, item.before, item.planned = self.kv.position, self.kv.end, self.clock()
         item.slots = self.kv.extend(len(item.ids))
         return item
 
@@ -299,14 +318,14 @@ class Stream:
         self.epoch = self.outbox.epoch
         self.text = TextStream(self.model.tokenizer)
         self.spoken = 0
-        self.token_at = time.monotonic()
+        self.token_at = self.clock()
 
     def _finish_response(self) -> None:
         self.retract()
         self.phase = DONE if self.config.mode == "offline" else LISTENING
         self.epoch = self.outbox.epoch
         self.text = None
-        self.freed = time.monotonic()
+        self.freed = self.clock()
 
     def commit_text(self, item: Item, token: int) -> None:
         """Take over one drawn token."""
@@ -321,7 +340,7 @@ class Stream:
         text_end = self.model.config.tokens.text_end
         self.pending = [token]
         self.spoken += 1
-        self.token_at = time.monotonic()
+        self.token_at = self.clock()
         alive = self._deliver(item.epoch, token)
         if alive and token != text_end and self.spoken >= self.config.max_response_tokens:
             assert self.text is not None

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import time
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -129,7 +128,7 @@ def fill(session: Session, state: SnapshotState) -> None:
         for name in _STREAM:
             value = values["stream"][name]
             setattr(stream, name, deque(value) if name == "units" else value)
-        now = time.monotonic()
+        now = engine.clock()
         waiting = tensors.get("perceived", torch.empty(0))
         first = stream.heard - len(waiting)
         stream.perceived = deque(
