@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,24 @@ def test_answers_are_in_the_file_before_the_run_ends(tmp_path: Path, model: Mode
     with pytest.raises(KeyboardInterrupt):
         answer(model, items, How("offline", Hearing(sessions=1, most_tokens=8)), file, nothing, interrupted)
     assert seen == [0, 1, 2]
+
+
+def test_a_full_disk_costs_the_line_it_cut_off(tmp_path: Path, model: Model) -> None:
+    items = read_items("librispeech", Folders(sets.librispeech(tmp_path / "set")))
+    how, file = How("offline", Hearing(sessions=1, most_tokens=8)), tmp_path / "o.answers.jsonl"
+    answer(model, items[:1], how, file, nothing)
+    first = file.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(first) + 20, limits[1]))  # then a write ends in the middle
+    try:
+        with pytest.raises(BenchmarkError, match=r"cannot be written: .*; what is in it is kept"):
+            answer(model, items, how, file, nothing)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(file.read_bytes()) == len(first) + 20
+    assert list(answer(model, items, how, file, nothing)) == [item.id for item in items]
+    assert file.read_bytes().startswith(first)
+    assert len(read_answers(file)) == file.read_bytes().count(b"\n") == 3
 
 
 def test_answers_of_another_run_are_not_mixed(tmp_path: Path, model: Model) -> None:
