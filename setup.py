@@ -1,7 +1,8 @@
 """Package metadata, and CMake for csrc/ (CMakeLists.txt). Build and tool configuration is in pyproject.toml.
 
 FASTLOOP_NO_NATIVE=1 builds without the compiled kernels: every op then runs in PyTorch, and `fastloop doctor`
-says so.
+says so. FASTLOOP_CUDA=1 compiles the CUDA kernels with nvcc, 0 does not; by default a wheel has them if nvcc is
+there, and an install in place compiles them when they are first used.
 """
 
 from __future__ import annotations
@@ -39,9 +40,13 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={self._pybind11()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
         ]
+        in_place = bool(self.inplace or getattr(self, "editable_mode", False))
+        configure.append(f"-DFASTLOOP_CUDA={'ON' if compiles_cuda(in_place) else 'OFF'}")
         self._run("configuring the compiled kernels", configure)
         jobs = str(self.parallel or os.cpu_count() or 1)
         self._run("compiling the kernels", [cmake, "--build", str(build), "--parallel", jobs])
+        if not in_place:
+            copy_cuda_sources(target / "cuda_kernels")
 
     def _pybind11(self) -> str:
         try:
@@ -60,6 +65,22 @@ class CMakeBuild(build_ext):
                 f"fastloop: {what} failed (the reason is above). It takes make and a C++ compiler (gcc 12 or "
                 f"newer, or clang): install them (Debian: apt install build-essential), {WITHOUT}"
             ) from error
+
+
+def compiles_cuda(in_place: bool) -> bool:
+    """Whether nvcc compiles csrc/cuda now: as FASTLOOP_CUDA says, else for a wheel where there is one."""
+    choice = os.environ.get("FASTLOOP_CUDA", "")
+    if choice not in ("", "0", "1"):
+        raise SystemExit(f"fastloop: FASTLOOP_CUDA must be 0 or 1, got {choice!r}")
+    return choice == "1" if choice else not in_place and shutil.which("nvcc") is not None
+
+
+def copy_cuda_sources(target: Path) -> None:
+    """What is compiled on the user's machine, beside the package; a checkout has it in csrc/cuda."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in (ROOT / "csrc/cuda").iterdir():
+        if file.suffix in (".cu", ".cuh", ".h") or file.name == "flags.txt":
+            shutil.copy(file, target)
 
 
 def native_extensions() -> list[Extension]:

@@ -150,6 +150,7 @@ __device__ __forceinline__ void linear_wgmma(const TensorMap& weight_map, const 
         for (int i = 0; i < steps; ++i) {
             const unsigned char* stage = ring + i % STAGES * STAGE_BYTES;
             mbarrier_wait(full + i % STAGES, i / STAGES & 1);
+            __syncwarp();
             wgmma_fence();
 #pragma unroll
             for (int k = 0; k < 4; ++k) {
@@ -175,6 +176,7 @@ __device__ __forceinline__ void linear_wgmma(const TensorMap& weight_map, const 
             for (int j = 0; j < ROWS / 2; ++j)
                 own[(row + j / 4 * 8 + j % 2) * LINEAR_PITCH + HALF * half + channel + j / 2 % 2 * 8] = sum[half][j];
     }
+    __syncwarp();
     cluster_arrive();
     cluster_wait();
     const int rows = p.rows - row0 < ROWS ? p.rows - row0 : ROWS;
@@ -188,6 +190,7 @@ __device__ __forceinline__ void linear_wgmma(const TensorMap& weight_map, const 
                }
                return v;
            });
+    __syncwarp();
     cluster_arrive();  // the others may still read here
     cluster_wait();
 }
