@@ -110,10 +110,19 @@ class Stage:
 
     def same_path(self, other: Stage, step: int) -> bool:
         """Whether both stages compute the same up to `step`, so that one can go on where the other was."""
-        if step > 0 and any(stage.rate(step - 1) != self.rate(step - 1) for stage in (self, other)):
+        if step > 0 and other.rate(step - 1) != self.rate(step - 1):
             return False
         alike = dataclasses.replace(other, steps=self.steps, decay=self.decay, save_minutes=self.save_minutes)
-        return alike == self
+        if alike == self == other:
+            return True
+        late_from, other_late_from = (min(step, s.steps - s.decay) for s in (self, other))
+        if late_from == other_late_from == step:  # neither has drawn by `late`
+            return dataclasses.replace(alike, late=self.late) == self
+        return alike == self and (self.late is None or late_from == other_late_from)
+
+    def is_late(self, step: int) -> bool:
+        """Whether step 0, 1, ... draws its batches by `late`, if there is one."""
+        return step >= self.steps - self.decay
 
 
 def stage_names() -> list[str]:

@@ -252,7 +252,7 @@ class Trainer:
         stage, fabric = self.stage, self.fabric
         for group in self.optimizer.param_groups:
             group["lr"] = stage.rate(self.step)
-        batches = self.late if self.step >= stage.steps - stage.decay else self.batches
+        batches = self.late if stage.is_late(self.step) else self.batches
         found = torch.zeros(len(LOSSES))
         for part in range(stage.accumulate):
             number = (self.step * stage.accumulate + part) * fabric.world_size + fabric.global_rank

@@ -215,6 +215,16 @@ def test_a_longer_stage_goes_on_from_a_shorter_one_until_the_rate_falls() -> Non
     assert not tiny(peak_rate=1e-3).same_path(short, 1)
 
 
+def test_what_is_drawn_late_may_change_until_it_is_drawn() -> None:
+    late, other = BatchPlan(chunks=24), BatchPlan(chunks=48)
+    stage = tiny(steps=10, decay=4, late=late)  # the last four steps
+    assert tiny(steps=10, decay=4, late=other).same_path(stage, 6)
+    assert not tiny(steps=10, decay=4, late=other).same_path(stage, 7)
+    assert tiny(steps=20, decay=4, late=late).same_path(stage, 6)
+    assert not tiny(steps=20, decay=4, late=late).same_path(stage, 7)
+    assert stage.same_path(stage, 9)
+
+
 def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
     for arguments, words in (
         (["nano", "--data", str(tmp_path), "--out", str(tmp_path / "o")], "no *.tar"),
