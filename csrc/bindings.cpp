@@ -111,7 +111,7 @@ struct Decoder {
                 std::uintptr_t slots, std::uintptr_t row_starts, std::uintptr_t block_table, std::size_t table_width,
                 std::uintptr_t kv_lens, std::uintptr_t gaps, int page_format, std::uintptr_t k_pages,
                 std::uintptr_t v_pages, std::size_t pages, std::size_t page_tokens, std::size_t logit_rows,
-                std::uintptr_t logit_row, std::uintptr_t logits) {
+                std::uintptr_t logit_row, std::uintptr_t logits, int page_layout, std::uintptr_t key_range) {
         fastloop_decode_params p{};
         p.struct_size = sizeof p;
         p.team = team.handle.get();
@@ -133,6 +133,8 @@ struct Decoder {
         p.logit_rows = logit_rows;
         p.logit_row = pointer<const std::int64_t>(logit_row);
         p.logits = pointer<float>(logits);
+        p.page_layout = page_layout;
+        p.key_range = pointer<const float>(key_range);
         call(fastloop_decode, handle.get(), &p);
     }
 };
@@ -163,7 +165,8 @@ PYBIND11_MODULE(_native, m) {
         .def("decode", &Decoder::decode, py::arg("team"), py::arg("rows"), py::arg("sequences"), py::arg("x"),
              py::arg("positions"), py::arg("slots"), py::arg("row_starts"), py::arg("block_table"), py::arg("table_width"),
              py::arg("kv_lens"), py::arg("gaps"), py::arg("page_format"), py::arg("k_pages"), py::arg("v_pages"),
-             py::arg("pages"), py::arg("page_tokens"), py::arg("logit_rows"), py::arg("logit_row"), py::arg("logits"));
+             py::arg("pages"), py::arg("page_tokens"), py::arg("logit_rows"), py::arg("logit_row"), py::arg("logits"),
+             py::arg("page_layout") = 0, py::arg("key_range") = 0);
     m.def(
         "ceiling",
         [](int kind, Team& team, const char* isa) {

@@ -18,6 +18,7 @@ MODES = ("online", "offline")
 RUNNERS = ("auto", "eager", "native", "captured")
 ADMISSIONS = ("fifo", "deadline")
 PRECISIONS = ("auto", "float32", "bfloat16", "int8", "int4")
+KV_PRECISIONS = ("auto", "float32", "bfloat16", "int8")
 
 
 def _range(where: str, name: str, value: Any, low: float, high: float, kind: Any) -> None:
@@ -169,7 +170,10 @@ class EngineConfig:
         the CPU a recording of them, for tests), or "auto": native where it is built and the model is on the
         CPU, else eager.
     precision: of the weights, native only: "float32", "bfloat16", "int8", "int4"; "auto" keeps the
-        checkpoint's. With int8, int4 and bfloat16 the KV pages are bfloat16.
+        checkpoint's.
+    kv_precision: of the KV pages, native only: "float32", "bfloat16", or "int8", half of bfloat16's memory,
+        which takes page_tokens in multiples of 64 and heads in multiples of 32 channels; "auto": float32
+        beside float32 weights, else bfloat16.
     threads: of the native runner; None takes torch's number.
     ahead: whether a step is begun before the results of the one before it are taken, where the runner can
         ("captured"); the results are the same.
@@ -184,6 +188,7 @@ class EngineConfig:
     cohort_s: float | None = None
     runner: str = "auto"
     precision: str = "auto"
+    kv_precision: str = "auto"
     threads: int | None = None
     ahead: bool = True
 
@@ -200,11 +205,13 @@ class EngineConfig:
             _range(where, "cohort_s", self.cohort_s, 0, 0.1, _NUMBER)
         _choice(where, "runner", self.runner, RUNNERS)
         _choice(where, "precision", self.precision, PRECISIONS)
+        _choice(where, "kv_precision", self.kv_precision, KV_PRECISIONS)
         if self.threads is not None:
             _range(where, "threads", self.threads, 1, 256, int)
         if not isinstance(self.ahead, bool):
             raise ConfigError(f"{where}.ahead: must be true or false, got {self.ahead!r}")
-        if self.precision != "auto" and self.runner in ("eager", "captured"):
-            raise ConfigError(
-                f"{where}.precision: the {self.runner} runner keeps the checkpoint's; leave it at 'auto'"
-            )
+        for name in ("precision", "kv_precision"):
+            if getattr(self, name) != "auto" and self.runner in ("eager", "captured"):
+                raise ConfigError(
+                    f"{where}.{name}: the {self.runner} runner keeps the checkpoint's; leave it at 'auto'"
+                )

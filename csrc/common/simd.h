@@ -166,20 +166,28 @@ FASTLOOP_INLINE Lanes exp(Lanes x) {
     return x < -87.3f ? Lanes{} : (x > 88.7228f ? splat(__builtin_inff()) : scaled);
 }
 
-// The same for x <= 0, -inf or NaN, in fewer steps: what an online softmax asks for.
-FASTLOOP_INLINE Lanes exp_below(Lanes x) {
-    constexpr float kLog2E = 1.44269504f, kHigh = 0.693145752f, kLow = 1.42860677e-6f;
-    const Lanes inside = x < -87.3f ? splat(-87.3f) : x;
-    const Lanes n = nearest(inside * kLog2E);
-    const Lanes f = (inside - n * kHigh) - n * kLow;
-    Lanes q = splat(0.00138144649f);
-    q = q * f + 0.00836878084f;
-    q = q * f + 0.0416683927f;
-    q = q * f + 0.166665196f;
-    q = q * f + 0.49999994f;
-    const Lanes y = (f * f) * q + f + 1.0f;
-    const Lanes scale = reinterpret_cast<Lanes>((__builtin_convertvector(n, IntLanes) + 127) << 23);
-    return x < -87.3f ? Lanes{} : y * scale;
+// 2^x for x <= 0, -inf or NaN, 0 below -126.5: what an online softmax asks for. x = n + f, 2^f = 1 + f q(f); q is the
+// polynomial of degree 5 of least relative error, 2e-9, or of degree 3, 3e-6, where the result will be a bfloat16.
+FASTLOOP_INLINE Lanes scaled_by_power(Lanes y, Lanes n) {
+    return y * reinterpret_cast<Lanes>((__builtin_convertvector(n, IntLanes) + 127) << 23);  // n = -127 makes 0
+}
+FASTLOOP_INLINE Lanes exp2_below(Lanes x) {
+    const Lanes inside = x < -127.0f ? splat(-127.0f) : x, n = nearest(inside), f = inside - n;
+    Lanes q = splat(0.000153533634f);
+    q = q * f + 0.0013398875f;
+    q = q * f + 0.00961843692f;
+    q = q * f + 0.0555033237f;
+    q = q * f + 0.240226477f;
+    q = q * f + 0.693147182f;
+    return scaled_by_power(q * f + 1.0f, n);
+}
+FASTLOOP_INLINE Lanes exp2_below_short(Lanes x) {
+    const Lanes inside = x < -127.0f ? splat(-127.0f) : x, n = nearest(inside), f = inside - n;
+    Lanes q = splat(0.00958285481f);
+    q = q * f + 0.0559064299f;
+    q = q * f + 0.240240991f;
+    q = q * f + 0.693124175f;
+    return scaled_by_power(q * f + 1.0f, n);
 }
 
 // x / (1 + e^-x)

@@ -1,10 +1,11 @@
 // The heart of both attentions: some query rows against a run of slots, tile by tile, with an online softmax.
 //
-//   score = q k scale,  m = max,  p = e^(score - m),  out = sum p v / sum p
+//   score = q k scale log2(e),  m = max,  p = 2^(score - m),  out = sum p v / sum p
 //
-// A tile is 64 slots. Its keys become two panels [units][32 slots], so that the scores of up to 14 rows x 32 slots are one
-// block of block.h; its values become panels [slots][32 channels], so that their weighted sums are another. Slots that no row
-// of a sequence may see can hold anything: their scores are replaced, their values are read as zeros.
+// A tile is 64 slots. Its keys are two panels [units][32 slots], so that the scores of up to 14 rows x 32 slots are one
+// block of block.h; its values are panels [slots][32 channels], so that their weighted sums are another. Pages of tiles
+// (tiles.h) are read as they are; rows of other pages are placed into a tile first. Slots that no row of a sequence may see can
+// hold anything: their scores are replaced, their values are read as zeros.
 // Source: online softmax (Milakov and Gimelshein 2018, arXiv 1805.02867), as in FlashAttention (Dao et al. 2022).
 #pragma once
 
@@ -14,19 +15,15 @@
 namespace {
 
 using fastloop::kSlotTile;
+using fastloop::kUnitBytes;
 
-// Units are one float or two bfloat16 (Kind of block.h); Stored is what a key's element is in memory, unless said: products of
-// floats take keys and values of bfloat16 as well.
+// Units are one float or two bfloat16 (Kind of block.h).
 template <class Kind>
-struct Stored {
-    typedef float Type;
-    static constexpr size_t kInUnit = 1;
-};
+constexpr size_t kInUnit = 1;
 template <>
-struct Stored<Bfloat16> {
-    typedef uint16_t Type;
-    static constexpr size_t kInUnit = 2;
-};
+constexpr size_t kInUnit<Bfloat16> = 2;
+
+// ---- units out of rows in memory -----------------------------------------------------------------------------------
 
 FASTLOOP_INLINE int32_t unit_at(const float* from) {
     int32_t bits;
@@ -38,19 +35,18 @@ FASTLOOP_INLINE int32_t unit_of(const Bfloat16*, const float* x) {
     return static_cast<int32_t>(static_cast<uint32_t>(bfloat16(x[1])) << 16 | bfloat16(x[0]));
 }
 
-// `span` numbers -> units in a row.
-FASTLOOP_INLINE void units_of(const Float32*, const float* x, size_t span, int32_t* to) {
-    __builtin_memcpy(to, x, span * sizeof(float));
-}
-FASTLOOP_INLINE void units_of(const Bfloat16*, const float* x, size_t span, int32_t* to) {
-    typedef uint16_t HalfLanes __attribute__((vector_size(2 * FASTLOOP_LANES)));
-    for (size_t s = 0; s < span; s += kLanes) {
-        const Lanes v = load(x + s);
-        const IntLanes bits = reinterpret_cast<IntLanes>(v);
-        const IntLanes rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-        const HalfLanes half = __builtin_convertvector(v == v ? rounded : ((bits >> 16) | 0x40), HalfLanes);
-        __builtin_memcpy(reinterpret_cast<char*>(to) + 2 * s, &half, sizeof half);
-    }
+typedef uint16_t HalfLanes __attribute__((vector_size(2 * FASTLOOP_LANES)));
+typedef uint32_t UnsignedLanes __attribute__((vector_size(4 * FASTLOOP_LANES)));
+
+// kLanes numbers >= 0, or NaN -> bfloat16.
+FASTLOOP_INLINE HalfLanes halves_of(Lanes v) {
+#if defined(__AVX512BF16__)
+    return reinterpret_cast<HalfLanes>(_mm512_cvtneps_pbh(reinterpret_cast<__m512>(v)));
+#else
+    const IntLanes bits = reinterpret_cast<IntLanes>(v);
+    const IntLanes rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return __builtin_convertvector(v == v ? rounded : ((bits >> 16) | 0x40), HalfLanes);
+#endif
 }
 
 // One tile's keys and values, gathered; NULL stands for a slot that holds nothing.
@@ -82,31 +78,73 @@ FASTLOOP_INLINE int32_t one_unit(const Bfloat16*, const uint16_t* key, size_t u)
     return static_cast<int32_t>(static_cast<uint32_t>(key[2 * u + 1]) << 16 | key[2 * u]);
 }
 
-template <class Kind, class Element = typename Stored<Kind>::Type>
+// Channels first..first + count - 1 of the value in one slot, or of the values in two -> a unit of a panel.
+FASTLOOP_INLINE void place_unit(const Float32*, const float* const* value, size_t first, size_t count, unsigned char* to) {
+    if (*value == nullptr) __builtin_memset(to, 0, count * 4);
+    else if (count == kPanel) __builtin_memcpy(to, *value + first, kPanel * 4);
+    else __builtin_memcpy(to, *value + first, count * 4);
+}
+FASTLOOP_INLINE void place_unit(const Float32*, const uint16_t* const* value, size_t first, size_t count, unsigned char* to) {
+    uint32_t wide[kPanel] = {};
+    if (*value != nullptr)
+        for (size_t c = 0; c < count; ++c) wide[c] = static_cast<uint32_t>((*value)[first + c]) << 16;
+    __builtin_memcpy(to, wide, count * 4);
+}
+FASTLOOP_INLINE void place_unit(const Bfloat16*, const uint16_t* const* value, size_t first, size_t count,
+                                unsigned char* to) {
+    static const uint16_t kNone[kPanel] = {};
+    const uint16_t* const a = value[0] == nullptr ? kNone : value[0] + first;
+    const uint16_t* const b = value[1] == nullptr ? kNone : value[1] + first;
+    if (count == kPanel) {
+        for (size_t c = 0; c < kPanel; c += kLanes) {
+            HalfLanes low, high;
+            __builtin_memcpy(&low, a + c, sizeof low);
+            __builtin_memcpy(&high, b + c, sizeof high);
+            const IntLanes both = __builtin_convertvector(low, IntLanes) | (__builtin_convertvector(high, IntLanes) << 16);
+            __builtin_memcpy(to + 4 * c, &both, sizeof both);
+        }
+        return;
+    }
+    for (size_t c = 0; c < count; ++c) {
+        const uint32_t both = static_cast<uint32_t>(b[c]) << 16 | a[c];
+        __builtin_memcpy(to + 4 * c, &both, 4);
+    }
+}
+
+// ---- the rows ------------------------------------------------------------------------------------------------------
+
+// Keys and values as they are multiplied; scales of each slot where they are bytes, else NULL.
+struct Tile {
+    const unsigned char* keys;    // [2 panels][units][32]
+    const unsigned char* values;  // [panels][kSlotTile / kInUnit][32]
+    const float* key_scale = nullptr;
+    const float* value_scale = nullptr;
+};
+
+template <class Kind>
 struct Attend {
-    static constexpr size_t kInUnit = Stored<Kind>::kInUnit;
-    static constexpr size_t kTileUnits = kSlotTile / kInUnit;
+    static constexpr size_t kTileUnits = kSlotTile / kInUnit<Kind>;
 
     size_t rows, width;     // query rows (x heads), K
     size_t units, panels;   // of a key; of a value
     int32_t* q;             // blocks of rows, each [units][rows]
-    unsigned char* keys;    // 2 panels [units][32]
-    unsigned char* values;  // [panels][kTileUnits][32]
-    int32_t* weights;       // blocks of rows, each [kTileUnits][rows]
+    unsigned char* keys;    // room for the keys of a tile
+    unsigned char* values;  // and for its values
+    float* scales;          // and for the scales of the values
     float* sums;            // [rows][32 panels]
     float* top;             // [rows]
     float* total;           // [rows]
     float* keep;            // [rows]
 
     Attend(size_t rows, size_t width, unsigned char* scratch)
-        : rows(rows), width(width), units(width / kInUnit), panels((width + kPanel - 1) / kPanel) {
+        : rows(rows), width(width), units(width / kInUnit<Kind>), panels((width + kPanel - 1) / kPanel) {
         const size_t padded = panels * kPanel;
         q = reinterpret_cast<int32_t*>(scratch);
         keys = reinterpret_cast<unsigned char*>(q + rows * padded);
         keys += (64 - reinterpret_cast<uintptr_t>(keys) % 64) % 64;
         values = keys + kSlotTile * padded * 4;
-        weights = reinterpret_cast<int32_t*>(values + kSlotTile * padded * 4);
-        sums = reinterpret_cast<float*>(weights + rows * kSlotTile);
+        scales = reinterpret_cast<float*>(values + kSlotTile * padded * 4);
+        sums = scales + kSlotTile;
         top = sums + rows * padded;
         total = top + rows;
         keep = total + rows;
@@ -117,21 +155,27 @@ struct Attend {
         }
     }
 
-    // Row `row` of the queries: x [K], scaled and packed.
-    void query(size_t row, const float* x, float scale) {
+    // Row `row` of the queries: x [K], scaled (channel by channel where there is a range) and packed.
+    void query(size_t row, const float* x, float scale, const float* range = nullptr) {
         const fastloop::Blocks blocks(rows, kBlock);
         size_t block = 0;
         while (blocks.begin(block + 1) <= row) ++block;
         const size_t begin = blocks.begin(block), count = blocks.begin(block + 1) - begin;
         int32_t* const to = q + begin * units + (row - begin);
         for (size_t u = 0; u < units; ++u) {
-            float scaled[kInUnit];
-            for (size_t j = 0; j < kInUnit; ++j) scaled[j] = x[u * kInUnit + j] * scale;
+            float scaled[kInUnit<Kind>];
+            for (size_t j = 0; j < kInUnit<Kind>; ++j) {
+                const size_t k = u * kInUnit<Kind> + j;
+                scaled[j] = range == nullptr ? x[k] * scale : x[k] * scale * range[k];
+            }
             to[u * count] = unit_of(static_cast<const Kind*>(nullptr), scaled);
         }
     }
+    // What scores are multiplied by: exponents are of 2.
+    float scale() const { return 1.44269504f / __builtin_sqrtf(static_cast<float>(width)); }
 
     // Keys [slot][unit] -> [unit][slot], four by four; `count` slots, whole panels of them.
+    template <class Element>
     void place_keys(const Slots<Element>& slots, size_t count) {
         for (size_t s = 0; s < (count + kPanel - 1) / kPanel * kPanel; s += 4) {
             unsigned char* const to = keys + (s / kPanel * units * kPanel + s % kPanel) * 4;
@@ -154,99 +198,117 @@ struct Attend {
         }
     }
 
+    template <class Element>
     void place_values(const Slots<Element>& slots, size_t tile_units) {
         for (size_t panel = 0; panel < panels; ++panel) {
             const size_t first = panel * kPanel, count = width - first < kPanel ? width - first : kPanel;
             for (size_t u = 0; u < tile_units; ++u) {
                 unsigned char* const to = values + (panel * kTileUnits + u) * kPanel * 4;
                 if (count < kPanel) __builtin_memset(to, 0, kPanel * 4);
-                place_unit(static_cast<const Kind*>(nullptr), slots.values + u * kInUnit, first, count, to);
+                place_unit(static_cast<const Kind*>(nullptr), slots.values + u * kInUnit<Kind>, first, count, to);
             }
         }
     }
 
-    static void place_unit(const Float32*, const float* const* value, size_t first, size_t count, unsigned char* to) {
-        if (*value == nullptr) __builtin_memset(to, 0, count * 4);
-        else if (count == kPanel) __builtin_memcpy(to, *value + first, kPanel * 4);
-        else __builtin_memcpy(to, *value + first, count * 4);
-    }
-    static void place_unit(const Float32*, const uint16_t* const* value, size_t first, size_t count, unsigned char* to) {
-        uint32_t wide[kPanel] = {};
-        if (*value != nullptr)
-            for (size_t c = 0; c < count; ++c) wide[c] = static_cast<uint32_t>((*value)[first + c]) << 16;
-        __builtin_memcpy(to, wide, count * 4);
-    }
-    static void place_unit(const Bfloat16*, const uint16_t* const* value, size_t first, size_t count, unsigned char* to) {
-        static const uint16_t kNone[kPanel] = {};
-        const uint16_t* const a = value[0] == nullptr ? kNone : value[0] + first;
-        const uint16_t* const b = value[1] == nullptr ? kNone : value[1] + first;
-        if (count == kPanel) {
-            for (size_t c = 0; c < kPanel; c += kLanes) {
-                typedef uint16_t HalfLanes __attribute__((vector_size(2 * FASTLOOP_LANES)));
-                HalfLanes low, high;
-                __builtin_memcpy(&low, a + c, sizeof low);
-                __builtin_memcpy(&high, b + c, sizeof high);
-                const IntLanes both = __builtin_convertvector(low, IntLanes) | (__builtin_convertvector(high, IntLanes) << 16);
-                __builtin_memcpy(to + 4 * c, &both, sizeof both);
-            }
-            return;
-        }
-        for (size_t c = 0; c < count; ++c) {
-            const uint32_t both = static_cast<uint32_t>(b[c]) << 16 | a[c];
-            __builtin_memcpy(to + 4 * c, &both, 4);
-        }
-    }
-
-    // Asks for the keys and values of a tile that comes next.
-    static void fetch(const Slots<Element>& slots, size_t width) {
-        for (size_t s = 0; s < kSlotTile; ++s) {
-            if (slots.keys[s] == nullptr) continue;
-            for (size_t byte = 0; byte < width * sizeof(Element); byte += 64) {
-                __builtin_prefetch(reinterpret_cast<const char*>(slots.keys[s]) + byte, 0, 2);
-                __builtin_prefetch(reinterpret_cast<const char*>(slots.values[s]) + byte, 0, 2);
-            }
-        }
-    }
-
-    // One tile of `count` slots; hide(row, scores, span) puts -inf where the row may not look, of `span` >= count scores.
-    template <class Hide>
-    void tile(const Slots<Element>& slots, size_t count, Hide&& hide) {
+    // Rows of keys and values as a tile of `count` slots.
+    template <class Element>
+    Tile placed(const Slots<Element>& slots, size_t count) {
         place_keys(slots, count);
-        place_values(slots, (count + kInUnit - 1) / kInUnit);
+        place_values(slots, (count + kInUnit<Kind> - 1) / kInUnit<Kind>);
+        return {keys, values};
+    }
+
+    // The values of a tile with zeros for slots that nobody sees.
+    template <class Unseen>
+    const unsigned char* cleaned(const unsigned char* from, Unseen&& unseen) {
+        int32_t mask[kTileUnits];
+        for (size_t u = 0; u < kTileUnits; ++u) {
+            mask[u] = 0;
+            for (size_t j = 0; j < kInUnit<Kind>; ++j)
+                if (!unseen(u * kInUnit<Kind> + j)) mask[u] |= kInUnit<Kind> == 1 ? -1 : static_cast<int32_t>(0xffffu << (16 * j));
+        }
+        for (size_t i = 0; i < panels * kTileUnits; ++i)
+            for (size_t c = 0; c < kPanel; c += kLanes) {
+                const size_t at = (i * kPanel + c) * kUnitBytes;
+                const IntLanes kept = raw(from + at) & mask[i % kTileUnits];
+                __builtin_memcpy(values + at, &kept, sizeof kept);
+            }
+        return values;
+    }
+
+    // Units of two bytes, [units][2][32], of keys or of values -> units of two bfloat16. Whole numbers up to 127 are exact.
+    static void expand(const unsigned char* from, size_t units, unsigned char* to) {
+        for (size_t i = 0; i < units; ++i, from += 2 * kPanel)
+            for (size_t c = 0; c < kPanel; c += kLanes, to += sizeof(IntLanes)) {
+                ByteLanes low, high;
+                __builtin_memcpy(&low, from + c, sizeof low);
+                __builtin_memcpy(&high, from + kPanel + c, sizeof high);
+                const Lanes a = __builtin_convertvector(wide(low), Lanes), b = __builtin_convertvector(wide(high), Lanes);
+                const UnsignedLanes both = reinterpret_cast<UnsignedLanes>(a) >> 16 | reinterpret_cast<UnsignedLanes>(b);
+                __builtin_memcpy(to, &both, sizeof both);
+            }
+    }
+
+    // One tile of `count` slots; hide(row, scores, span) puts -inf where the row may not look, of `span` >= count scores;
+    // ahead(block, blocks) may ask for memory that comes next.
+    template <class Hide, class Ahead>
+    void tile(const Tile& t, size_t count, Hide&& hide, Ahead&& ahead) {
         const fastloop::Blocks blocks(rows, kBlock);
         for (size_t block = 0; block < blocks.count; ++block) {
             const size_t begin = blocks.begin(block);
-            choose<kBlock>(blocks.begin(block + 1) - begin, begin, count, hide);
+            ahead(block, blocks.count);
+            choose<kBlock>(blocks.begin(block + 1) - begin, t, begin, count, hide);
         }
     }
 
     template <size_t R, class Hide>
-    void choose(size_t rows_here, size_t begin, size_t count, Hide& hide) {
-        if (rows_here == R) rows_of<R>(begin, count, hide);
-        else if constexpr (R > 1) choose<R - 1>(rows_here, begin, count, hide);
+    void choose(size_t rows_here, const Tile& t, size_t begin, size_t count, Hide& hide) {
+        if (rows_here == R) rows_of<R>(t, begin, count, hide);
+        else if constexpr (R > 1) choose<R - 1>(rows_here, t, begin, count, hide);
     }
 
     template <size_t R, class Hide>
-    void rows_of(size_t begin, size_t count, Hide& hide) {
+    void rows_of(const Tile& t, size_t begin, size_t count, Hide& hide) {
         alignas(64) float scores[R * kSlotTile];
-        const size_t tile_units = (count + kInUnit - 1) / kInUnit;
-        for (size_t half = 0; half < (count + kPanel - 1) / kPanel; ++half) {
+        const size_t span = (count + kPanel - 1) / kPanel * kPanel;
+        for (size_t half = 0; half < span / kPanel; ++half) {
             Block<Kind, R> block;
-            sum_block<Kind, R>(block, keys + half * units * kPanel * 4, q + begin * units, units);
+            sum_block<Kind, R>(block, t.keys + half * units * kPanel * 4, q + begin * units, units);
             block.put(scores + half * kPanel, kSlotTile);
         }
-        const size_t span = (count + kPanel - 1) / kPanel * kPanel;
+        if (t.key_scale != nullptr)
+            for (size_t r = 0; r < R; ++r)
+                for (size_t s = 0; s < span; s += kLanes) {
+                    float* const score = scores + r * kSlotTile + s;
+                    store(score, load(score) * load(t.key_scale + s));
+                }
         for (size_t r = 0; r < R; ++r) hide(begin + r, scores + r * kSlotTile, span);
         soften<R>(begin, scores, span);
-        int32_t* const packed = weights + begin * kTileUnits;
-        for (size_t r = 0; r < R; ++r) {
-            alignas(64) int32_t unit[kTileUnits];
-            units_of(static_cast<const Kind*>(nullptr), scores + r * kSlotTile, span, unit);
-            for (size_t u = 0; u < tile_units; ++u) packed[u * R + r] = unit[u];
-        }
+        weigh<R>(static_cast<const Kind*>(nullptr), t, begin, scores, span, (count + kInUnit<Kind> - 1) / kInUnit<Kind>);
+    }
+
+    // sums = sums x keep + weights [R][64] x values.
+    template <size_t R>
+    void weigh(const Float32*, const Tile& t, size_t begin, const float* weights, size_t, size_t tile_units) {
+        add_values<R>(t, begin, reinterpret_cast<const AnyUnit*>(weights), tile_units);
+    }
+    template <size_t R>
+    void weigh(const Bfloat16*, const Tile& t, size_t begin, const float* weights, size_t span, size_t tile_units) {
+        alignas(64) int32_t packed[R * kTileUnits];
+        for (size_t r = 0; r < R; ++r)
+            for (size_t s = 0; s < span; s += kLanes) {
+                Lanes p = load(weights + r * kSlotTile + s);
+                if (t.value_scale != nullptr) p = p * load(t.value_scale + s);
+                const HalfLanes half = halves_of(p);
+                __builtin_memcpy(reinterpret_cast<char*>(packed + r * kTileUnits) + 2 * s, &half, sizeof half);
+            }
+        add_values<R>(t, begin, packed, tile_units);
+    }
+    template <size_t R>
+    void add_values(const Tile& t, size_t begin, const AnyUnit* weights, size_t tile_units) {
         for (size_t panel = 0; panel < panels; ++panel) {
             Block<Kind, R> block;
-            sum_block<Kind, R>(block, values + panel * kTileUnits * kPanel * 4, packed, tile_units);
+            sum_block_apart<Kind, R, kTileUnits>(block, t.values + panel * kTileUnits * kPanel * 4, weights, tile_units);
             block.fold(sums + begin * panels * kPanel + panel * kPanel, panels * kPanel, keep + begin);
         }
     }
@@ -264,13 +326,14 @@ struct Attend {
             step[r] = now == before ? 0.0f : before - now;  // -inf - -inf: nothing to see yet
             top[begin + r] = now;
         }
-        for (size_t r = 0; r < R; r += kLanes) store(step + r, exp_below(load(step + r)));
+        for (size_t r = 0; r < R; r += kLanes) store(step + r, exp2_below(load(step + r)));
         for (size_t r = 0; r < R; ++r) {
             float* const score = scores + r * kSlotTile;
             const float now = top[begin + r], from = now == -__builtin_inff() ? 0.0f : now;
             Lanes added = {};
             for (size_t s = 0; s < span; s += kLanes) {
-                const Lanes p = exp_below(load(score + s) - from);
+                const Lanes below = load(score + s) - from;
+                const Lanes p = kInUnit<Kind> == 1 ? exp2_below(below) : exp2_below_short(below);
                 store(score + s, p);
                 added += p;
             }

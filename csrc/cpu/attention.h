@@ -14,7 +14,6 @@ namespace fastloop {
 
 constexpr size_t kSpan = 1024;      // slots of a job: a long context is shared by several threads
 constexpr size_t kJobRows = 112;    // query rows x heads of a job, or one query row's heads where those are more
-constexpr size_t kSlotTile = 64;    // slots that are scored at a time
 
 // Queries of a job.
 struct AttentionJob {
@@ -31,7 +30,7 @@ struct PagedAttention {
     const float* q;  // [N, H, K]
     size_t heads;    // H
     Pages pages;
-    int32_t format;  // of the products: FASTLOOP_FLOAT32, or that of the pages
+    int32_t format;  // of the products: float32 or bfloat16
     float* out;      // [N, H, K]
     float* parts;    // each [rows][repeat][2 + K] = (maximum, total, sums)
 };
@@ -48,7 +47,7 @@ FASTLOOP_EVERYWHERE constexpr size_t attention_scratch(size_t rows, size_t width
     const size_t padded = (width + 31) / 32 * 32;
     return 4 * (rows * padded            // packed queries
                 + 2 * kSlotTile * padded  // keys and values of a tile
-                + rows * kSlotTile        // packed weights
+                + kSlotTile               // scales of its values
                 + rows * padded           // sums
                 + 4 * rows + 64 * 8);     // maxima, totals, factors
 }

@@ -27,6 +27,8 @@ constexpr size_t kVectors = kPanel / kLanes;  // of a unit of a panel
 
 #define FASTLOOP_FORCE inline __attribute__((always_inline))
 
+typedef int32_t AnyUnit __attribute__((may_alias));  // of a row, whatever was stored there
+
 // ---- one step of a sum: four bytes of a row against kLanes channels ------------------------------------------------
 
 FASTLOOP_INLINE IntLanes raw(const unsigned char* from) {
@@ -41,6 +43,20 @@ FASTLOOP_INLINE uint16_t bfloat16(float value) {
     __builtin_memcpy(&bits, &value, sizeof bits);
     if (value != value) return static_cast<uint16_t>(bits >> 16 | 0x40);
     return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+// Signed bytes as int32; gcc 12 converts them one by one where it is not told how.
+typedef int8_t ByteLanes __attribute__((vector_size(FASTLOOP_LANES)));
+FASTLOOP_INLINE IntLanes wide(ByteLanes v) {
+#if defined(__AVX512F__)
+    return reinterpret_cast<IntLanes>(_mm512_maskz_cvtepi8_epi32(0xffff, reinterpret_cast<__m128i>(v)));
+#elif defined(__AVX2__)
+    __m128i both = _mm_setzero_si128();
+    __builtin_memcpy(&both, &v, sizeof v);
+    return reinterpret_cast<IntLanes>(_mm256_cvtepi8_epi32(both));
+#else
+    return __builtin_convertvector(v, IntLanes);
+#endif
 }
 
 struct Float32 {
@@ -233,6 +249,12 @@ struct Block {
         own.add(w, Kind::value(*x));
         rest.add(w, x + 1);
     }
+    // Rows that are Stride apart.
+    template <size_t Stride>
+    FASTLOOP_FORCE void add_apart(const Channels<Kind, kVectors>& w, const AnyUnit* x) {
+        own.add(w, Kind::value(*x));
+        rest.template add_apart<Stride>(w, x + Stride);
+    }
     FASTLOOP_FORCE void put(float* tile, size_t stride) const {
         own.put(tile);
         rest.put(tile + stride, stride);
@@ -255,6 +277,8 @@ struct Block<Kind, 0> {
     FASTLOOP_FORCE void zero() {}
     FASTLOOP_FORCE void set(const int32_t*) {}
     FASTLOOP_FORCE void add(const Channels<Kind, kVectors>&, const int32_t*) {}
+    template <size_t Stride>
+    FASTLOOP_FORCE void add_apart(const Channels<Kind, kVectors>&, const AnyUnit*) {}
     FASTLOOP_FORCE void put(float*, size_t) const {}
     FASTLOOP_FORCE void add_to(float*, size_t) const {}
     FASTLOOP_FORCE void fold(float*, size_t, const float*) const {}
@@ -269,6 +293,17 @@ FASTLOOP_FORCE void sum_block(Block<Kind, R>& block, const unsigned char* panel,
         Channels<Kind, kVectors> channels;
         channels.load(panel + k * kPanel * fastloop::kUnitBytes);
         block.add(channels, x + k * R);
+    }
+}
+
+// The same of rows [R][Stride].
+template <class Kind, size_t R, size_t Stride>
+FASTLOOP_FORCE void sum_block_apart(Block<Kind, R>& block, const unsigned char* panel, const AnyUnit* x, size_t units) {
+    block.zero();
+    for (size_t k = 0; k < units; ++k) {
+        Channels<Kind, kVectors> channels;
+        channels.load(panel + k * kPanel * fastloop::kUnitBytes);
+        block.template add_apart<Stride>(channels, x + k);
     }
 }
 

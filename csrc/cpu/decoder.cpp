@@ -16,6 +16,7 @@ using namespace fastloop;
 namespace {
 
 constexpr const char* kWhere = "decoder";
+constexpr size_t kAppendRows = 16;  // rows whose keys and values one thread writes into tiles: those of a listening step
 
 struct Buffers {
     float *turn, *qkv, *q, *attended, *wide, *parts;
@@ -39,6 +40,7 @@ struct fastloop_decoder {
     size_t attended() const { return p.heads * p.head_width; }
     size_t qkv_rows() const { return (p.heads + 2 * p.kv_heads) * p.head_width; }
     Buffers place(const fastloop_decode_params& c, size_t threads);
+    Pages pages_of(size_t layer, const fastloop_decode_params& c) const;
     void angles(Stage& s, const fastloop_decode_params& c, const Buffers& b) const;
     void attention(Stage& s, size_t layer, const fastloop_decode_params& c, const Buffers& b) const;
     void layer(Stage& s, size_t layer, const fastloop_decode_params& c, const Buffers& b) const;
@@ -70,6 +72,16 @@ Buffers fastloop_decoder::place(const fastloop_decode_params& c, size_t threads)
     return b;
 }
 
+// The pages of a layer.
+Pages fastloop_decoder::pages_of(size_t layer, const fastloop_decode_params& c) const {
+    Pages pages{c.page_format, c.k_pages, c.v_pages, c.page_tokens, p.kv_heads, p.head_width, c.page_layout == FASTLOOP_TILES,
+                c.page_format == FASTLOOP_INT8 ? c.key_range + layer * p.kv_heads * p.head_width : nullptr};
+    const size_t before = layer * pages.bytes(c.pages);
+    pages.keys = static_cast<char*>(c.k_pages) + before;
+    pages.values = static_cast<char*>(c.v_pages) + before;
+    return pages;
+}
+
 // (cos, sin) of every row, once for all layers.
 void fastloop_decoder::angles(Stage& s, const fastloop_decode_params& c, const Buffers& b) const {
     s.crew.each(c.rows, [&](size_t row) {
@@ -78,16 +90,22 @@ void fastloop_decoder::angles(Stage& s, const fastloop_decode_params& c, const B
 }
 
 void fastloop_decoder::attention(Stage& s, size_t layer, const fastloop_decode_params& c, const Buffers& b) const {
-    const size_t element = c.page_format == FASTLOOP_FLOAT32 ? sizeof(float) : sizeof(uint16_t);
-    const size_t pool = layer * c.pages * c.page_tokens * p.kv_heads * p.head_width * element;
-    const Pages pages{c.page_format, static_cast<char*>(c.k_pages) + pool, static_cast<char*>(c.v_pages) + pool,
-                      c.page_tokens, p.kv_heads, p.head_width};
-    s.crew.each(c.rows, [&](size_t row) {
-        FASTLOOP_KERNEL(s.isa, rope_append)
-        (b.qkv + row * qkv_rows(), layers[layer].qkv_bias, b.turn + row * p.head_width, c.slots[row], p.heads, pages,
-         b.q + row * attended());
+    const Pages pages = pages_of(layer, c);
+    const size_t appends = pages.tiled ? (c.rows + kAppendRows - 1) / kAppendRows * p.kv_heads : 0;
+    s.crew.each(c.rows + appends, [&](size_t item) {
+        if (item < c.rows) {
+            FASTLOOP_KERNEL(s.isa, rope_append)
+            (b.qkv + item * qkv_rows(), layers[layer].qkv_bias, b.turn + item * p.head_width, pages.tiled ? -1 : c.slots[item],
+             p.heads, pages, b.q + item * attended());
+            return;
+        }
+        const size_t first = (item - c.rows) / p.kv_heads * kAppendRows;
+        FASTLOOP_KERNEL(s.isa, append_tiles)
+        (b.qkv, qkv_rows(), layers[layer].qkv_bias, b.turn, c.slots, first, std::min(c.rows, first + kAppendRows), p.heads,
+         (item - c.rows) % p.kv_heads, pages);
     });
-    plan.run(s, {b.q, p.heads, pages, c.page_format, b.attended, b.parts});
+    const int32_t products = c.page_format == FASTLOOP_FLOAT32 ? FASTLOOP_FLOAT32 : FASTLOOP_BFLOAT16;
+    plan.run(s, {b.q, p.heads, pages, products, b.attended, b.parts});
 }
 
 void fastloop_decoder::layer(Stage& s, size_t layer, const fastloop_decode_params& c, const Buffers& b) const {
@@ -162,17 +180,28 @@ Sequences sequences_of(const fastloop_decode_params& c) {
     return {c.sequences, c.row_starts, c.block_table, c.table_width, c.kv_lens, c.gaps};
 }
 
-void check_step(const fastloop_decode_params& c) {
+void check_pages(const fastloop_decoder_params& p, const fastloop_decode_params& c) {
+    if (c.page_layout != FASTLOOP_ROWS && c.page_layout != FASTLOOP_TILES)
+        fail(FASTLOOP_BAD_ARGUMENT, "decoder: page_layout is %d; choose from fastloop_page_layout", c.page_layout);
+    const bool tiled = c.page_layout == FASTLOOP_TILES;
+    if (c.page_format < FASTLOOP_FLOAT32 || c.page_format > (tiled ? FASTLOOP_INT8 : FASTLOOP_BFLOAT16))
+        fail(FASTLOOP_BAD_ARGUMENT, "decoder: page_format is %d; pages are float32 or bfloat16, tiles int8 as well", c.page_format);
+    if (tiled && (c.page_tokens % kSlotTile || p.head_width % kPanel))
+        fail(FASTLOOP_BAD_ARGUMENT, "decoder: pages of %zu slots, heads of %zu channels; tiles take multiples of %zu and %zu",
+             c.page_tokens, p.head_width, kSlotTile, kPanel);
+    if (c.page_format == FASTLOOP_INT8) need(kWhere, "key_range", c.key_range);
+    const size_t align = tiled ? 4 : c.page_format == FASTLOOP_FLOAT32 ? alignof(float) : alignof(uint16_t);
+    need(kWhere, "k_pages", c.k_pages, align);
+    need(kWhere, "v_pages", c.v_pages, align);
+}
+
+void check_step(const fastloop_decoder_params& p, const fastloop_decode_params& c) {
     need(kWhere, "team", c.team);
     if (c.rows == 0) return;
     need(kWhere, "x", c.x);
     need(kWhere, "positions", c.positions);
     need(kWhere, "slots", c.slots);
-    if (c.page_format != FASTLOOP_FLOAT32 && c.page_format != FASTLOOP_BFLOAT16)
-        fail(FASTLOOP_BAD_ARGUMENT, "decoder: page_format is %d; pages are float32 or bfloat16", c.page_format);
-    const size_t align = c.page_format == FASTLOOP_FLOAT32 ? alignof(float) : alignof(uint16_t);
-    need(kWhere, "k_pages", c.k_pages, align);
-    need(kWhere, "v_pages", c.v_pages, align);
+    check_pages(p, c);
     check_sequences(kWhere, sequences_of(c), c.rows, c.pages, c.page_tokens);
     const int64_t slots = static_cast<int64_t>(c.pages * c.page_tokens);
     for (size_t row = 0; row < c.rows; ++row)
@@ -211,7 +240,7 @@ extern "C" fastloop_status fastloop_decode(fastloop_decoder* decoder, const fast
     return guarded(kWhere, [&] {
         need(kWhere, "decoder", decoder);
         const fastloop_decode_params c = adopt(kWhere, params);
-        check_step(c);
+        check_step(decoder->p, c);
         if (c.rows == 0) return;
         const std::lock_guard<std::mutex> one(decoder->one_call);
         Team& team = c.team->team;

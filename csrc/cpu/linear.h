@@ -17,11 +17,9 @@
 
 #include "fastloop.h"
 #include "isa.h"
+#include "tiles.h"
 
 namespace fastloop {
-
-// The code of these is made anew in every kernel file: a shared copy could be one for another instruction set.
-#define FASTLOOP_EVERYWHERE __attribute__((always_inline)) inline
 
 constexpr size_t kPanel = 32;
 constexpr size_t kUnitBytes = 4;

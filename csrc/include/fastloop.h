@@ -346,6 +346,13 @@ typedef struct fastloop_decoder fastloop_decoder;
 FASTLOOP_API fastloop_status fastloop_decoder_create(const fastloop_decoder_params* params, fastloop_decoder** decoder);
 FASTLOOP_API void fastloop_decoder_destroy(fastloop_decoder* decoder);
 
+/* How pages of the decoder hold keys and values. Tiles are what attention multiplies, so they need no work before it:
+ * csrc/cpu/tiles.h describes them, fastloop/engine/kv_layout.py reads and writes them. */
+typedef enum fastloop_page_layout {
+    FASTLOOP_ROWS = 0, /* [P, Q, G, K] */
+    FASTLOOP_TILES = 1 /* [P, G, Q / 64] tiles of 64 slots; Q is a multiple of 64, K of 32 */
+} fastloop_page_layout;
+
 /* One ragged step: N rows of B sequences over paged keys and values; see fastloop/ops/paged_attention.py. */
 typedef struct fastloop_decode_params {
     size_t struct_size;
@@ -359,12 +366,14 @@ typedef struct fastloop_decode_params {
     size_t table_width;         /* M */
     const int32_t* kv_lens;     /* [B] */
     const int32_t* gaps;        /* [B, 2] */
-    int32_t page_format;        /* FASTLOOP_FLOAT32 or FASTLOOP_BFLOAT16 */
-    void *k_pages, *v_pages;    /* [L, P, Q, G, K] */
+    int32_t page_format;        /* float32 or bfloat16; tiles int8 as well */
+    void *k_pages, *v_pages;    /* [L] pools of P pages in page_layout */
     size_t pages, page_tokens;  /* P, Q */
     size_t logit_rows;          /* T */
     const int64_t* logit_row;   /* [T]: rows whose logits are wanted */
     float* logits;              /* [T, V] */
+    int32_t page_layout;        /* fastloop_page_layout */
+    const float* key_range;     /* int8: [L, G, K], powers of two that keys are divided by before they are rounded */
 } fastloop_decode_params;
 FASTLOOP_API fastloop_status fastloop_decode(fastloop_decoder* decoder, const fastloop_decode_params* params);
 

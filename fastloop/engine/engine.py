@@ -35,7 +35,7 @@ from .kv_cache import KVCache, KVSequence, pages_for
 from .memory import MemoryPlan, memory_plan, session_pages
 from .protocol import LISTENING, Item, Stream
 from .runner import Runner
-from .runners import kv_dtype, make_runner
+from .runners import kv_dtype, kv_layout, make_runner
 from .sequences import Sequences, StepItem
 from .session import Session
 from .stats import Counters
@@ -64,8 +64,9 @@ class Engine:
         self.config = config or EngineConfig()
         self.counters = Counters()
         self._dtype = kv_dtype(self.config, model)
+        layout = None if runner else kv_layout(self.config, model)
         self.cache = KVCache(
-            model.config, self._pool_pages(), self.config.page_tokens, self._dtype, model.device
+            model.config, self._pool_pages(), self.config.page_tokens, self._dtype, model.device, layout
         )
         # One slot more than sessions: a captured step puts its padding there.
         self._decisions = DecisionState(self.config.max_sessions + 1, model.device)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..ops.rope_append import rotate
+from .kv_layout import KVLayout, RowLayout
 from .kv_pages import Lease, PageAllocator
 
 
@@ -27,18 +28,24 @@ def pages_for(tokens: int, page_tokens: int) -> int:
 
 
 class KVCache:
-    """The pool: k_pages, v_pages [L, P, Q, G, K] and the books of its pages.
+    """The pool: k_pages, v_pages [L, P, ...], rows [L, P, Q, G, K] unless a layout is given, and its books.
 
     order: runs work on the pages, given with its name, in order with the steps (Runner.prepare).
     """
 
     def __init__(
-        self, model: ModelConfig, pages: int, page_tokens: int, dtype: torch.dtype, device: torch.device | str
+        self,
+        model: ModelConfig,
+        pages: int,
+        page_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        layout: KVLayout | None = None,
     ) -> None:
-        c = model.decoder
-        shape = (c.layers, pages, page_tokens, c.kv_heads, c.head_width)
-        self.k_pages = torch.zeros(shape, dtype=dtype, device=device)
-        self.v_pages = torch.zeros(shape, dtype=dtype, device=device)
+        self.layout = layout or RowLayout(dtype)
+        self.k_pages, self.v_pages = (
+            self.layout.pool(model.decoder, pages, page_tokens, device) for _ in range(2)
+        )
         self.page_tokens = page_tokens
         self.order: Callable[[str, Callable[[], None]], None] = lambda name, work: work()
         self.allocator = PageAllocator(pages)
@@ -51,6 +58,16 @@ class KVCache:
     def copy_pages(self, source: list[int], target: list[int]) -> None:
         for pool in (self.k_pages, self.v_pages):
             pool[:, target] = pool[:, source]
+
+    def rows(self, pages: list[int]) -> tuple[Tensor, Tensor]:
+        """Keys and values of some pages, [L, n, Q, G, K] each."""
+        return self.layout.keys(self.k_pages[:, pages]), self.layout.values(self.v_pages[:, pages])
+
+    def put_keys(self, pages: list[int], rows: Tensor) -> None:
+        self.k_pages[:, pages] = self.layout.of_keys(rows)
+
+    def put_values(self, pages: list[int], rows: Tensor) -> None:
+        self.v_pages[:, pages] = self.layout.of_values(rows)
 
 
 @dataclass
@@ -137,11 +154,11 @@ class KVSequence:
         def move() -> None:
             if fresh:
                 cache.copy_pages(source, target)
-            pristine = cache.k_pages[:, source]  # [L, pages, Q, G, K]
+            pristine, _ = cache.rows(source)  # [L, pages, Q, G, K]
             shift = torch.full((1,), start, device=pristine.device)
             width = pristine.shape[-1]
             rotated = rotate(pristine.reshape(1, -1, width), shift, inv_freq).view_as(pristine)
-            cache.k_pages[:, target] = rotated
+            cache.put_keys(target, rotated)
 
         return move
 
@@ -162,11 +179,7 @@ class KVSequence:
         """Copies of the stream's keys and values [L, tokens, G, K]."""
         page = self.cache.page_tokens
         low, high = self.start % page, self.start % page + self.tokens
-        both = (
-            pool[:, self.pages].flatten(1, 2)[:, low:high]
-            for pool in (self.cache.k_pages, self.cache.v_pages)
-        )
-        keys, values = (t.clone() for t in both)
+        keys, values = (rows.flatten(1, 2)[:, low:high].clone() for rows in self.cache.rows(self.pages))
         return keys, values
 
     def load(self, keys: Tensor, values: Tensor, start: int, inv_freq: Tensor) -> None:
@@ -174,9 +187,11 @@ class KVSequence:
         assert not self.pages and self.end == 0, "load needs an empty sequence"
         count = keys.shape[1]
         self.start = self.end = start
-        slots = torch.from_numpy(self.extend(count)).to(keys.device)
-        for pool, content in ((self.cache.k_pages, keys), (self.cache.v_pages, values)):
-            pool.flatten(1, 2)[:, slots] = content.to(pool)
+        self.extend(count)
+        low, puts = start % self.cache.page_tokens, (self.cache.put_keys, self.cache.put_values)
+        for content, old, put in zip((keys, values), self.cache.rows(self.pages), puts, strict=True):
+            old.flatten(1, 2)[:, low : low + count] = content.to(old)
+            put(self.pages, old)
         if start:
             self.private_prefix = self.lease.take(len(self.prefix_pages))
             self._prefix_move(inv_freq, fresh=True)()

@@ -9,6 +9,7 @@ import torch
 from ..config import ModelConfig
 from ..options import EngineConfig, SessionConfig
 from .kv_cache import pages_for
+from .kv_layout import slot_bytes
 
 
 @dataclass(frozen=True)
@@ -62,10 +63,10 @@ def memory_plan(
     if isinstance(sessions, bool) or not isinstance(sessions, int) or sessions < 1:
         raise ValueError(f"memory_plan: sessions must be a positive integer, got {sessions!r}")
     engine, config = engine or EngineConfig(), config or SessionConfig()
-    c, itemsize = model.decoder, torch.empty(0, dtype=dtype).element_size()
+    c, itemsize = model.decoder, max(2, dtype.itemsize)  # int8 is of pages only
     if config.mode == "online" and config.window_s is None:
         config = SessionConfig(max_response_tokens=config.max_response_tokens)
-    page_bytes = 2 * c.layers * engine.page_tokens * c.kv_heads * c.head_width * itemsize
+    page_bytes = 2 * c.layers * engine.page_tokens * slot_bytes(c, dtype)
     pages = session_pages(model, engine, config, prompt_tokens)
     rows = min(engine.max_step_rows, sessions * model.chunk_rows * config.speculative_chunks)
     widest = max(2 * c.ffn, c.qkv_rows, c.width)

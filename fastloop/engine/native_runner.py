@@ -22,11 +22,13 @@ from ..checkpoint import Model
 from ..config import MEL_BINS, ConfigError
 from ..decision import DecisionState
 from ..mel import MelState
-from ..ops.native import PAGE_FORMATS, pack, require_native
+from ..ops.native import address, pack, require_native
 from ..quantise import Quantised
 from .kv_cache import KVCache
 from .runner import EagerRunner, StepBatch, StepResult
 
+TILE_FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.int8: 2}  # fastloop_format of KV pages
+KV_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}  # kv_precision
 CACHED_BYTES = 24 << 20  # of weights: what a last-level cache keeps
 ROWS_BYTES = 512 << 10  # of rows: half of a second-level cache
 
@@ -211,14 +213,16 @@ class NativeRunner(EagerRunner):
             table_width=batch.block_table.shape[1],
             kv_lens=batch.kv_lens.ctypes.data,
             gaps=batch.gaps.ctypes.data,
-            page_format=PAGE_FORMATS[k.dtype],
+            page_format=TILE_FORMATS[k.dtype],
             k_pages=k.data_ptr(),
             v_pages=v.data_ptr(),
             pages=k.shape[1],
-            page_tokens=k.shape[2],
+            page_tokens=self.cache.page_tokens,
             logit_rows=len(batch.draw_rows),
             logit_row=batch.draw_rows.ctypes.data,
             logits=logits.data_ptr(),
+            page_layout=int(self.cache.layout.tiled),
+            key_range=address(self.cache.layout.key_range),
         )
         return logits
 

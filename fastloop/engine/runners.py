@@ -13,7 +13,8 @@ from ..ops.native import PAGE_FORMATS, native, reason
 from ..options import EngineConfig
 from .captured_runner import CapturedRunner
 from .kv_cache import KVCache
-from .native_runner import NativeRunner, native_precision
+from .kv_layout import PANEL, TILE, KVLayout, RowLayout, TileLayout, fits_tiles, key_range
+from .native_runner import KV_DTYPES, NativeRunner, native_precision
 from .runner import EagerRunner, Runner
 
 
@@ -22,7 +23,8 @@ def is_native(config: EngineConfig, model: Model) -> bool:
 
     FASTLOOP_BACKEND forces implementations of single ops, so with it "auto" means the eager runner.
     """
-    wanted = config.runner == "native" or config.precision != "auto" or bool(model.quantised)
+    chosen = config.precision != "auto" or config.kv_precision != "auto"
+    wanted = config.runner == "native" or chosen or bool(model.quantised)
     possible = native is not None and model.device.type == "cpu"
     if config.runner == "eager" and model.quantised:
         raise ConfigError(
@@ -36,12 +38,28 @@ def is_native(config: EngineConfig, model: Model) -> bool:
 
 
 def kv_dtype(config: EngineConfig, model: Model) -> torch.dtype:
-    """The model's dtype; natively bfloat16 pages wherever the weights are less than float32."""
+    """The model's dtype; natively what is asked for, or bfloat16 where the weights are less than float32."""
     if not is_native(config, model):
         return model.dtype
+    if config.kv_precision != "auto":
+        return KV_DTYPES[config.kv_precision]
     if native_precision(config.precision, model) != "float32":
         return torch.bfloat16
     return model.dtype if model.dtype in PAGE_FORMATS else torch.float32
+
+
+def kv_layout(config: EngineConfig, model: Model) -> KVLayout:
+    """Tiles for the native runner where the dims allow it, else rows; ConfigError where int8 needs tiles."""
+    c, dtype = model.config.decoder, kv_dtype(config, model)
+    if is_native(config, model) and fits_tiles(c, config.page_tokens):
+        weights = {**model.weights, **model.quantised} if dtype == torch.int8 else {}
+        return TileLayout(dtype, c.head_width, key_range(c, weights) if weights else None)
+    if dtype == torch.int8:
+        raise ConfigError(
+            f"EngineConfig.kv_precision: int8 takes page_tokens in multiples of {TILE}, heads of multiples "
+            f"of {PANEL} channels, got {config.page_tokens} and {c.head_width}; choose bfloat16"
+        )
+    return RowLayout(dtype)
 
 
 def make_runner(

@@ -22,9 +22,10 @@ from ..checkpoint import Model
 from ..config import MEL_BINS, DecoderConfig, EncoderConfig, ModelConfig, published_3b, small
 from ..decoder import decoder_shapes
 from ..encoder import encoder_shapes
-from ..engine.native_runner import PackedModel
+from ..engine.kv_layout import TileLayout, slot_bytes
+from ..engine.native_runner import KV_DTYPES, TILE_FORMATS, PackedModel
 from ..mel import MelState, mel_chunk
-from ..ops.native import PRECISIONS, require_native
+from ..ops.native import address, require_native
 from ..quantise import GROUPS, Quantised
 from .cases import byte_tokenizer
 
@@ -134,13 +135,27 @@ def _peak_of(precision: str) -> str:
 class CpuBench:
     """A random model of one size and precision, and the calls that are timed on it."""
 
-    def __init__(self, size: str, precision: str, threads: int, seconds: float = SECONDS) -> None:
+    def __init__(
+        self,
+        size: str,
+        precision: str,
+        threads: int,
+        seconds: float = SECONDS,
+        kv_precision: str = "bfloat16",
+    ) -> None:
         self.size, self.precision, self.seconds = size, precision, seconds
         self.config = SIZES[size]()
         self.native = require_native()
         self.team = self.native.Team(threads)
         weights = RandomWeights(self.config, precision)
         self.packed = PackedModel(Model(self.config, weights, byte_tokenizer(512)), precision)
+        self.layout = self._layout(kv_precision)
+
+    def _layout(self, kv_precision: str) -> TileLayout:
+        """Of the KV pages; every channel of int8 keys has the range 1, as the random weights have no bias."""
+        c, dtype = self.config.decoder, KV_DTYPES[kv_precision]
+        ranges = torch.ones(c.layers, c.kv_heads, c.head_width) if dtype == torch.int8 else None
+        return TileLayout(dtype, c.head_width, ranges)
 
     def ceilings(self) -> dict[str, float]:
         """Operations (float32, bfloat16, int8) and bytes (read) a second, of all threads together."""
@@ -229,9 +244,10 @@ class CpuBench:
         """A ragged step: `rows` new rows for each session behind `context` positions."""
         c, total = self.config.decoder, rows * sessions
         pages = -(-(context + rows) // PAGE)
-        shape = (c.layers, pages * sessions, PAGE, c.kv_heads, c.head_width)
-        keys = torch.randn(1, *shape[1:]).bfloat16().expand(shape).contiguous()
-        values = keys.clone()
+        content, layout = torch.randn(1, pages * sessions, PAGE, c.kv_heads, c.head_width), self.layout
+        keys, values = (
+            make(content).repeat(c.layers, 1, 1, 1, 1) for make in (layout.of_keys, layout.of_values)
+        )
         hidden = torch.randn(total, c.width)
         position = torch.arange(context, context + rows).repeat(sessions)
         table = torch.arange(pages * sessions, dtype=torch.int32).view(sessions, pages)
@@ -259,7 +275,7 @@ class CpuBench:
                 table_width=pages,
                 kv_lens=lens.data_ptr(),
                 gaps=gaps.data_ptr(),
-                page_format=PRECISIONS.index("bfloat16"),
+                page_format=TILE_FORMATS[layout.dtype],
                 k_pages=keys.data_ptr(),
                 v_pages=values.data_ptr(),
                 pages=pages * sessions,
@@ -267,6 +283,8 @@ class CpuBench:
                 logit_rows=len(drawn),
                 logit_row=drawn.data_ptr(),
                 logits=out.data_ptr(),
+                page_layout=int(layout.tiled),
+                key_range=address(layout.key_range),
             )
 
         return call
@@ -287,7 +305,7 @@ class CpuBench:
         seen = rows * context + rows * (rows + 1) / 2
         attention = 4.0 * c.layers * c.heads * c.head_width * seen * sessions
         operations = 2.0 * sessions * (rows * layers + head) + attention
-        kv = 4.0 * c.layers * c.kv_heads * c.head_width * (context + rows) * sessions
+        kv = 2.0 * c.layers * slot_bytes(c, self.layout.dtype) * (context + rows) * sessions
         return operations, (layers + head) * WEIGHT_BYTES[self.precision] + kv
 
     def linear(self, name: str, weight: Tensor | Quantised, rows: int) -> Figure:

@@ -63,8 +63,7 @@ struct Encoder {
 };
 
 struct Decoder {
-    static constexpr size_t kWidth = 32, kHeads = 4, kGroups = 2, kHead = 8, kLayers = 2, kFfn = 64, kVocab = 50;
-    static constexpr size_t kPage = 8;
+    static constexpr size_t kWidth = 32, kHeads = 4, kGroups = 2, kHead = 32, kLayers = 2, kFfn = 64, kVocab = 50;
     Random random;
     std::vector<std::unique_ptr<Matrix>> matrices;
     std::vector<std::unique_ptr<Floats>> vectors;
@@ -104,22 +103,22 @@ struct Decoder {
 };
 
 
-// Sessions over one pool [L, P, Q, G, K]; session b owns pages b * each .. (b + 1) * each - 1, the last ones first.
+// Sessions over one pool of pages, rows of 8 slots or tiles of 64; session b owns pages b * each .. (b + 1) * each - 1, the last
+// ones first. Nothing is written yet: bytes of 0xff are NaN in every float.
 struct Cache {
-    int32_t format;
-    size_t sessions, each;
-    Floats k32, v32;
-    std::vector<uint16_t> k16, v16;
+    int32_t format, layout;
+    size_t sessions, each, page_tokens;
+    std::vector<unsigned char> keys, values;
+    Floats key_range;
 
-    Cache(int32_t format, size_t sessions, size_t each) : format(format), sessions(sessions), each(each) {
-        const size_t count = Decoder::kLayers * sessions * each * Decoder::kPage * Decoder::kGroups * Decoder::kHead;
-        if (format == FASTLOOP_FLOAT32) {
-            k32.assign(count, NAN);
-            v32.assign(count, NAN);
-        } else {
-            k16.assign(count, uint16_t{0x7fff});
-            v16.assign(count, uint16_t{0x7fff});
-        }
+    Cache(int32_t format, int32_t layout, size_t sessions, size_t each)
+        : format(format), layout(layout), sessions(sessions), each(each), page_tokens(layout == FASTLOOP_TILES ? 64 : 8) {
+        const size_t slot = Decoder::kHead * (format == FASTLOOP_FLOAT32 ? 4 : format == FASTLOOP_BFLOAT16 ? 2 : 1) +
+                            (format == FASTLOOP_INT8 ? sizeof(float) : 0);
+        keys.assign(Decoder::kLayers * sessions * each * page_tokens * Decoder::kGroups * slot, 0xff);
+        values = keys;
+        for (size_t i = 0; i < Decoder::kLayers * Decoder::kGroups * Decoder::kHead; ++i)
+            key_range.push_back(i % 3 == 0 ? 1.0f : 0.25f);
     }
     int32_t page(size_t session, size_t number) const { return static_cast<int32_t>((session + 1) * each - 1 - number); }
 };
@@ -130,7 +129,8 @@ struct Stepped {
 };
 inline Stepped step(const Decoder& d, fastloop_team* team, Cache& cache, std::vector<size_t>& lengths,
                     const std::vector<size_t>& of, const std::vector<Floats>& rows) {
-    constexpr size_t kWidth = Decoder::kWidth, kPage = Decoder::kPage;
+    constexpr size_t kWidth = Decoder::kWidth;
+    const size_t page = cache.page_tokens;
     Stepped made;
     std::vector<int64_t> positions, slots, logit_row;
     std::vector<int32_t> starts{0}, table, lens, gaps;
@@ -140,10 +140,10 @@ inline Stepped step(const Decoder& d, fastloop_team* team, Cache& cache, std::ve
         for (size_t r = 0; r < count; ++r) {
             const size_t at = lengths[session]++;
             positions.push_back(static_cast<int64_t>(at));
-            slots.push_back(cache.page(session, at / kPage) * static_cast<int64_t>(kPage) + static_cast<int64_t>(at % kPage));
+            slots.push_back(cache.page(session, at / page) * static_cast<int64_t>(page) + static_cast<int64_t>(at % page));
         }
         starts.push_back(starts.back() + static_cast<int32_t>(count));
-        for (size_t n = 0; n < cache.each; ++n) table.push_back(n * kPage < lengths[session] ? cache.page(session, n) : -1);
+        for (size_t n = 0; n < cache.each; ++n) table.push_back(n * page < lengths[session] ? cache.page(session, n) : -1);
         lens.push_back(static_cast<int32_t>(lengths[session]));
         gaps.insert(gaps.end(), {0, 0});
         logit_row.push_back(starts.back() - 1);
@@ -162,10 +162,12 @@ inline Stepped step(const Decoder& d, fastloop_team* team, Cache& cache, std::ve
     p.kv_lens = lens.data();
     p.gaps = gaps.data();
     p.page_format = cache.format;
-    p.k_pages = cache.format == FASTLOOP_FLOAT32 ? static_cast<void*>(cache.k32.data()) : cache.k16.data();
-    p.v_pages = cache.format == FASTLOOP_FLOAT32 ? static_cast<void*>(cache.v32.data()) : cache.v16.data();
+    p.page_layout = cache.layout;
+    p.key_range = cache.key_range.data();
+    p.k_pages = cache.keys.data();
+    p.v_pages = cache.values.data();
     p.pages = cache.sessions * cache.each;
-    p.page_tokens = kPage;
+    p.page_tokens = page;
     p.logit_rows = logit_row.size();
     p.logit_row = logit_row.data();
     p.logits = made.logits.data();

@@ -29,11 +29,17 @@ void encode(const char* isa) {
     }
 }
 
-// Four sessions of 13, 1, 13 and 2 rows a step, three steps.
+struct Pages {
+    int32_t format, layout;
+};
+constexpr Pages kPages[] = {{FASTLOOP_FLOAT32, FASTLOOP_ROWS}, {FASTLOOP_BFLOAT16, FASTLOOP_ROWS}, {FASTLOOP_FLOAT32, FASTLOOP_TILES},
+                            {FASTLOOP_BFLOAT16, FASTLOOP_TILES}, {FASTLOOP_INT8, FASTLOOP_TILES}};
+
+// Four sessions of 13, 1, 13 and 2 rows a step, six steps: into the second tile of 64.
 void decode(const char* isa) {
-    constexpr size_t kSessions = 4, kRows[kSessions] = {13, 1, 13, 2}, kSteps = 3;
+    constexpr size_t kSessions = 4, kRows[kSessions] = {13, 1, 13, 2}, kSteps = 6;
     for (int32_t format : kFormats)
-        for (int32_t pages : {FASTLOOP_FLOAT32, FASTLOOP_BFLOAT16}) {
+        for (const Pages& pages : kPages) {
             const Decoder decoder(format, isa);
             Random random(5);
             std::vector<std::vector<Floats>> fed(kSteps);
@@ -42,7 +48,7 @@ void decode(const char* isa) {
             std::vector<Stepped> together;
             for (size_t threads : {1, 2, 3}) {
                 const Team team(threads);
-                Cache cache(pages, kSessions, 8);
+                Cache cache(pages.format, pages.layout, kSessions, pages.layout == FASTLOOP_TILES ? 2 : 10);
                 std::vector<size_t> lengths(kSessions);
                 for (size_t s = 0; s < kSteps; ++s) {
                     const Stepped made = step(decoder, team.handle, cache, lengths, {0, 1, 2, 3}, fed[s]);
@@ -53,7 +59,7 @@ void decode(const char* isa) {
             }
             const Team team(2);
             for (size_t session = 0, first = 0; session < kSessions; first += kRows[session++] * Decoder::kWidth) {
-                Cache cache(pages, kSessions, 8);
+                Cache cache(pages.format, pages.layout, kSessions, pages.layout == FASTLOOP_TILES ? 2 : 10);
                 std::vector<size_t> lengths(kSessions);
                 for (size_t s = 0; s < kSteps; ++s) {
                     const Stepped made = step(decoder, team.handle, cache, lengths, {session}, {fed[s][session]});

@@ -1,5 +1,5 @@
 // Calls that cannot be served: each says what is wrong, by name, and changes nothing.
-#include "check.h"
+#include "models.h"
 
 namespace {
 
@@ -200,6 +200,41 @@ void choices() {
     CHECK(token == 77);
 }
 
+// Pages that the decoder cannot have.
+void pages() {
+    const Decoder decoder(FASTLOOP_FLOAT32, nullptr);
+    const Team team(1);
+    Floats x(Decoder::kWidth);
+    const int64_t zero = 0;
+    const int32_t starts[] = {0, 1}, table = 0, length = 1, gap[] = {0, 0};
+    Floats memory(64 * Decoder::kGroups * Decoder::kHead * Decoder::kLayers, 77.0f);
+    auto p = params<fastloop_decode_params>();
+    p.team = team.handle;
+    p.rows = p.sequences = p.table_width = p.pages = 1;
+    p.page_tokens = 64;
+    p.x = x.data();
+    p.positions = p.slots = &zero;
+    p.row_starts = starts;
+    p.block_table = &table;
+    p.kv_lens = &length;
+    p.gaps = gap;
+    p.k_pages = p.v_pages = memory.data();
+    const auto refused = [&](const char* told) { CHECK_FAILS(fastloop_decode(decoder.handle, &p), FASTLOOP_BAD_ARGUMENT, told); };
+    p.page_layout = 2;
+    refused("page_layout is 2");
+    p.page_layout = FASTLOOP_ROWS;
+    p.page_format = FASTLOOP_INT8;
+    refused("page_format is 2");
+    p.page_layout = FASTLOOP_TILES;
+    refused("key_range is NULL");
+    p.page_format = FASTLOOP_INT4;
+    refused("page_format is 3");
+    p.page_format = FASTLOOP_FLOAT32;
+    p.page_tokens = 32;
+    refused("pages of 32 slots, heads of 32 channels; tiles take multiples of 64 and 32");
+    for (float y : memory) CHECK(y == 77.0f);
+}
+
 }  // namespace
 
 int main() {
@@ -213,5 +248,6 @@ int main() {
     attentions();
     rows();
     choices();
+    pages();
     return 0;
 }

@@ -24,12 +24,12 @@ void one_team() {
     {
         const Team alone(1);
         tokens = encoder.encode(alone.handle, mel, 2, 16);
-        Cache cache(FASTLOOP_BFLOAT16, 1, 8);
+        Cache cache(FASTLOOP_BFLOAT16, FASTLOOP_TILES, 1, 2);
         std::vector<size_t> lengths(1);
         for (size_t s = 0; s < kCalls; ++s) logits = step(decoder, alone.handle, cache, lengths, {0}, {rows}).logits;
     }
     const Team team(3);
-    Cache cache(FASTLOOP_BFLOAT16, kCallers, 8);
+    Cache cache(FASTLOOP_BFLOAT16, FASTLOOP_TILES, kCallers, 2);
     at_once([&](size_t caller) {
         std::vector<size_t> lengths(kCallers);
         Floats last;
