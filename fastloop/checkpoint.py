@@ -291,7 +291,8 @@ def _refuse_tensors(
 ) -> None:
     """CheckpointError that names everything wrong with the tensors of a file, and with its tokenizer."""
     found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-    kinds = stored.kinds_of({n: shapes[n] for n in precisions}, precisions, torch.float32)
+    group = stored.group_in(shapes, precisions, {name: entry.shape for name, entry in entries.items()})
+    kinds = stored.kinds_of({n: shapes[n] for n in precisions}, precisions, torch.float32, group)
     floats = {name: shape for name, shape in shapes.items() if name not in precisions}
     rest = {name: kind for name, kind in found.items() if name not in kinds}
     problems = weight_problems(floats, rest) + quantised_problems(kinds, found)

@@ -90,12 +90,12 @@ def dequantise_int4(packed: Tensor, scale: Tensor) -> Tensor:
     return ((nibbles.float() - 8) * scale.float()[..., None]).view(outputs, -1)
 
 
-def _int8(weight: Tensor) -> Quantised:
+def _int8(weight: Tensor, group: int = GROUPS[0]) -> Quantised:
     return Quantised(*quantise_int8(weight))
 
 
-def _int4(weight: Tensor) -> Quantised:
-    return Quantised(*quantise_int4(weight, GROUPS[0]), GROUPS[0])
+def _int4(weight: Tensor, group: int = GROUPS[0]) -> Quantised:
+    return Quantised(*quantise_int4(weight, group), group)
 
 
-QUANTISERS: dict[str, Callable[[Tensor], Quantised]] = {"int8": _int8, "int4": _int4}
+QUANTISERS: dict[str, Callable[..., Quantised]] = {"int8": _int8, "int4": _int4}  # (weight, group)

@@ -2,13 +2,14 @@
 
     N        float [O, D]
     N.int8   int8 [O, D]        N.scale   float32 [O]
-    N.int4   uint8 [O, D / 2]   N.scale   bfloat16 [O, D / 32]
+    N.int4   uint8 [O, D / 2]   N.scale   bfloat16 [O, D / group], group 32 or 64 in all of a file
 
 Quantised are the matrices of the layers; embedding, head, stem and biases (the K bias above all) stay floats.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -17,17 +18,15 @@ from torch import Tensor
 from .quantise import GROUPS, QUANTISERS, Quantised
 from .tensorfile import Kind, Shape
 
-GROUP = GROUPS[0]
 
-
-def precision_of(name: str, shape: Shape, wanted: str | None) -> str | None:
+def precision_of(name: str, shape: Shape, wanted: str | None, group: int = GROUPS[0]) -> str | None:
     """What a tensor becomes in a checkpoint of precision `wanted`: "int8", "int4", or None: it stays a float.
 
-    Under int4 the encoder's matrices, whose rows are few, and those that groups of 32 do not fit are int8.
+    Under int4 the encoder's matrices, whose rows are few, and those that the groups do not fit are int8.
     """
     if wanted is None or len(shape) != 2 or ".layers." not in name:
         return None
-    return "int8" if name.startswith("encoder.") or shape[1] % GROUP else wanted
+    return "int8" if name.startswith("encoder.") or shape[1] % group else wanted
 
 
 def precisions_in(shapes: Mapping[str, Shape], found: Iterable[str]) -> dict[str, str]:
@@ -41,8 +40,23 @@ def precisions_in(shapes: Mapping[str, Shape], found: Iterable[str]) -> dict[str
     }
 
 
+def group_in(shapes: Mapping[str, Shape], precisions: Mapping[str, str], found: Mapping[str, Shape]) -> int:
+    """The group of a file's int4 matrices: the one that the shapes of most of their scales say."""
+    said = Counter(
+        group
+        for name, precision in precisions.items()
+        for group in GROUPS
+        if precision == "int4"
+        and tuple(found.get(f"{name}.scale", ())) == (shapes[name][0], shapes[name][1] // group)
+    )
+    return said.most_common(1)[0][0] if said else GROUPS[0]
+
+
 def kinds_of(
-    shapes: Mapping[str, Shape], precisions: Mapping[str, str], dtype: torch.dtype
+    shapes: Mapping[str, Shape],
+    precisions: Mapping[str, str],
+    dtype: torch.dtype,
+    group: int = GROUPS[0],
 ) -> dict[str, Kind]:
     """Stored name -> (dtype, shape), in the order of `shapes`."""
     kinds: dict[str, Kind] = {}
@@ -57,14 +71,14 @@ def kinds_of(
             kinds[f"{name}.scale"] = (torch.float32, (outputs,))
         else:
             kinds[f"{name}.int4"] = (torch.uint8, (outputs, inputs // 2))
-            kinds[f"{name}.scale"] = (torch.bfloat16, (outputs, inputs // GROUP))
+            kinds[f"{name}.scale"] = (torch.bfloat16, (outputs, inputs // group))
     return kinds
 
 
 def joined(name: str, precision: str, tensors: Mapping[str, Tensor]) -> Quantised:
     """A matrix from its two tensors."""
-    group = GROUP if precision == "int4" else 0
-    return Quantised(tensors[f"{name}.{precision}"], tensors[f"{name}.scale"], group)
+    values, scale = tensors[f"{name}.{precision}"], tensors[f"{name}.scale"]
+    return Quantised(values, scale, 2 * values.shape[1] // scale.shape[1] if precision == "int4" else 0)
 
 
 def parts(matrix: Quantised) -> tuple[Tensor, Tensor]:

@@ -120,6 +120,39 @@ def test_the_report_names_the_errors(tmp_path: Path, plain: Path, model: Model) 
         convert(tmp_path / "m", tmp_path / "again")
 
 
+def test_groups_of_64(tmp_path: Path, plain: Path, model: Model) -> None:
+    """Stored, loaded, dequantised, and reported matrix by matrix: each errs more than in groups of 32."""
+    reports = {group: convert(plain, tmp_path / str(group), dtype="int4", group=group) for group in GROUPS}
+    loaded = load(tmp_path / "64")
+    floats = load(tmp_path / "64", dtype="float32")
+    coarse = [name for name, matrix in loaded.quantised.items() if matrix.group == 64]
+    fits = [n for n in loaded.quantised if n.startswith("decoder.") and model.weights[n].shape[1] % 64 == 0]
+    assert sorted(coarse) == sorted(fits) and len(coarse) == 6  # ffn is 96: down stays int8
+    for name in coarse:
+        values, scale = quantise_int4(model.weights[name], 64)
+        assert torch.equal(loaded.quantised[name].values, values)
+        assert torch.equal(loaded.quantised[name].scale, scale)
+        assert torch.equal(floats.weights[name], dequantise_int4(values, scale))
+        assert reports[32].errors[name] < reports[64].errors[name] < 1.5 * reports[32].errors[name]
+    assert reports[64].weight_bytes == loaded.weight_bytes
+    for options in ({"dtype": "int4", "group": 16}, {"dtype": "int8", "group": 64}, {"group": 64}):
+        with pytest.raises(CheckpointError, match=r"group \d+: int4 has groups of 32 or 64"):
+            convert(plain, tmp_path / "no", **{"dtype": "bfloat16"} | options)
+
+
+@needs_native
+def test_groups_of_64_are_served(tmp_path: Path, plain: Path) -> None:
+    """tests/native/test_packed.py says what their products are."""
+    convert(plain, tmp_path / "m", dtype="int4", group=64)
+    loaded = load(tmp_path / "m")
+    with Engine(loaded, EngineConfig(max_sessions=1)) as engine:
+        session = engine.open()
+        session.push(random_sound(2.0, seed=1))
+        engine.run_until_idle()
+        chances = [e.p_respond for e in session.poll() if e.type == "decision"]
+    assert loaded.precision == "int4" and len(chances) == 5 and all(0 < p < 1 for p in chances)
+
+
 def test_wrong_parts_are_named(kept: Path, tmp_path: Path) -> None:
     raw = (kept / "model.safetensors").read_bytes()
     size = int.from_bytes(raw[:8], "little")

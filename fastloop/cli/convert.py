@@ -20,10 +20,15 @@ _TRUST = "Read the published layout's .pth. Reading a pickle can run code: only 
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help=_TRUST)]
 _DTYPE = "float32, bfloat16, float16, int8 or int4; without it, the dtype of the decoder's embedding."
 Dtype = Annotated[str | None, typer.Option(metavar="NAME", help=_DTYPE)]
+Group = Annotated[int, typer.Option(help="int4: inputs that share a scale, 32 or 64 (faster, errs more).")]
 
 
 def convert_command(
-    source: Source, destination: Destination, trust_pickle: TrustPickle = False, dtype: Dtype = None
+    source: Source,
+    destination: Destination,
+    trust_pickle: TrustPickle = False,
+    dtype: Dtype = None,
+    group: Group = 32,
 ) -> None:
     """Convert a checkpoint of another format into one that fastloop loads.
 
@@ -34,6 +39,7 @@ def convert_command(
     Examples:
       fastloop convert ./audio-interaction-3b ./my-model --trust-pickle
       fastloop convert ./Qwen2.5-Omni-3B ./my-model --dtype bfloat16
+      fastloop convert ./Qwen2.5-Omni-3B ./my-model --dtype int4 --group 64
       fastloop listen door.wav --model ./my-model
     """
     from rich.console import Console
@@ -53,6 +59,7 @@ def convert_command(
                 destination,
                 trust_pickle=trust_pickle,
                 dtype=dtype,
+                group=group,
                 progress=lambda done, total: bar.update(task, completed=done, total=total),
             )
     except CheckpointError as error:

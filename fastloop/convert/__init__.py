@@ -18,7 +18,7 @@ from .. import checkpoint, stored
 from ..checkpoint import WEIGHT_DTYPES, listed, parse_tokenizer, read_tokenizer, refuse, weight_shapes
 from ..config import PUBLISHED_SYSTEM_PROMPT, PUBLISHED_TOKENS, ConfigError, ModelConfig
 from ..files import CheckpointError, quote
-from ..quantise import QUANTISERS
+from ..quantise import GROUPS, QUANTISERS
 from ..tensorfile import kinds_bytes, require_finite
 from ..testing.tolerance import relative_error
 from . import published, thinker
@@ -65,6 +65,7 @@ def convert(
     *,
     trust_pickle: bool = False,
     dtype: torch.dtype | str | None = None,
+    group: int = GROUPS[0],
     progress: Progress | None = None,
 ) -> Report:
     """Convert a foreign checkpoint directory into a new directory that `checkpoint.load` reads.
@@ -73,6 +74,7 @@ def convert(
         trust_pickle: the published layout keeps its encoder in a pickle; read it only if this is True.
         dtype: float32, bfloat16 or float16; None keeps the dtype of the decoder's embedding. int8 or int4
             quantises the matrices of the layers (fastloop.stored); the rest is then bfloat16.
+        group: int4 only: inputs that share a scale, 32 or 64. 64 is faster and errs more.
         progress: called after every tensor with (bytes written, bytes in all).
 
     CheckpointError names everything that is missing, left over, mis-shaped or unsupported; the
@@ -86,6 +88,10 @@ def convert(
         )
     refuse(str(source), _problems(foreign))
     precision = dtype if isinstance(dtype, str) and dtype in QUANTISERS else None
+    if group not in GROUPS or (group != GROUPS[0] and precision != "int4"):
+        raise CheckpointError(
+            f"group {group}: int4 has groups of {GROUPS[0]} or {GROUPS[1]}, nothing else has"
+        )
     if precision:
         dtype = torch.bfloat16
     elif dtype is None:
@@ -93,12 +99,12 @@ def convert(
         dtype = foreign.tensors[embedding].dtype
     target = checkpoint.as_dtype(dtype)
     shapes = weight_shapes(foreign.config)
-    wanted = {name: stored.precision_of(name, shape, precision) for name, shape in shapes.items()}
+    wanted = {name: stored.precision_of(name, shape, precision, group) for name, shape in shapes.items()}
     precisions = {name: kept for name, kept in wanted.items() if kept is not None}
-    kinds = stored.kinds_of(shapes, precisions, target)
+    kinds = stored.kinds_of(shapes, precisions, target, group)
     total = kinds_bytes(kinds.values())
     errors: dict[str, float] = {}
-    written = _built(foreign, target, precisions, total, errors, progress)
+    written = _built(foreign, target, precisions, group, total, errors, progress)
     checkpoint.write_checkpoint(destination, foreign.config, kinds, written, foreign.tokenizer_json)
     cast: dict[str, int] = {}
     for recipe in foreign.recipes.values():
@@ -220,6 +226,7 @@ def _built(
     foreign: Foreign,
     dtype: torch.dtype,
     precisions: dict[str, str],
+    group: int,
     total: int,
     errors: dict[str, float],
     progress: Progress | None,
@@ -227,7 +234,7 @@ def _built(
     """What is stored, in its order; each weight is read, cast, joined, quantised when it is asked for."""
     done = 0
     for name in weight_shapes(foreign.config):
-        for tensor in _parts(name, foreign, dtype, precisions.get(name), errors):
+        for tensor in _parts(name, foreign, dtype, precisions.get(name), group, errors):
             yield tensor
             done += tensor.nbytes
         if progress is not None:
@@ -235,13 +242,18 @@ def _built(
 
 
 def _parts(
-    name: str, foreign: Foreign, dtype: torch.dtype, precision: str | None, errors: dict[str, float]
+    name: str,
+    foreign: Foreign,
+    dtype: torch.dtype,
+    precision: str | None,
+    group: int,
+    errors: dict[str, float],
 ) -> tuple[Tensor, ...]:
     """The tensors of one weight: itself, or the two of a quantised matrix, whose error is noted."""
     if precision is None:
         return (_build(name, foreign.recipes[name], foreign.tensors, dtype),)
     exact = _build(name, foreign.recipes[name], foreign.tensors, torch.float32)
-    matrix = QUANTISERS[precision](exact)
+    matrix = QUANTISERS[precision](exact, group)
     errors[name] = relative_error(matrix.dequantised(), exact)
     return stored.parts(matrix)
 

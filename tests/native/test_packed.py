@@ -66,6 +66,21 @@ def test_errs_at_most_twice_as_much_as_the_same_rounding_in_torch(isa: str, prec
             assert relative_error(out, truth) <= error_bound(emulated, truth, torch.float32)
 
 
+@every_isa
+def test_int4_in_groups_of_64(isa: str) -> None:
+    for seed, (rows, inputs) in enumerate(itertools.product((1, 2, 14, 15, 100), (64, 320))):
+        quantised = QUANTISERS["int4"](weights(seed, 70, inputs), 64)
+        # Rounded already: no number is so near the middle of two bytes that a last bit decides.
+        x, held = (
+            rounded(torch.randn(rows, inputs, generator=seeded(seed + 1)), "int4"),
+            quantised.dequantised(),
+        )
+        packed = pack(quantised)
+        assert packed.nbytes == pytest.approx(96 * inputs * (0.5 + 2 / 64), rel=0.01)  # 3 panels of 32
+        out, truth = linear_packed(x, packed, 70, isa=isa), linear_ref(x.double(), held.double())
+        assert relative_error(out, truth) <= error_bound(linear_ref(x, held), truth, torch.float32)
+
+
 @every_precision
 @pytest.mark.parametrize("gated", [False, True])
 @every_isa
