@@ -1,8 +1,8 @@
 """Package metadata, and CMake for csrc/ (CMakeLists.txt). Build and tool configuration is in pyproject.toml.
 
 FASTLOOP_NO_NATIVE=1 builds without the compiled kernels: every op then runs in PyTorch, and `fastloop doctor`
-says so. FASTLOOP_CUDA=1 compiles the CUDA kernels with nvcc, 0 does not; by default a wheel has them if nvcc is
-there, and an install in place compiles them when they are first used.
+says so. FASTLOOP_CUDA=1 compiles the CUDA kernels with nvcc, 0 does not; by default a wheel has them if nvcc
+is there, and an install in place compiles them when they are first used.
 """
 
 from __future__ import annotations

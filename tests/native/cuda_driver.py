@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -58,6 +59,14 @@ class Driver:
 
     def launches(self) -> list[dict[str, Any]]:
         return [event for event in self.events() if "launch" in event]
+
+    def contexts(self) -> tuple[Callable[[int], int], Callable[[], int]]:
+        """push(device) and pop(): a context of a device is current in this thread, as a host may have it."""
+        gone = ctypes.c_void_p()
+        return (
+            lambda device: self._library.cuCtxPushCurrent_v2(ctypes.c_void_p(device + 1)),
+            lambda: self._library.cuCtxPopCurrent_v2(ctypes.byref(gone)),
+        )
 
     def counts(self) -> tuple[int, int, int]:
         """(primary contexts held, libraries loaded, contexts current in this thread)."""

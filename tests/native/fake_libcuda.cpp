@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <map>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -64,7 +65,11 @@ Result answer(const char* call) {
     return state.failure;
 }
 
-void note(const std::string& line) { state.log += line + "\n"; }
+void note(const std::string& line) {
+    static std::mutex mutex;
+    const std::lock_guard lock(mutex);
+    state.log += line + "\n";
+}
 
 std::string hex(const void* at, size_t bytes) {
     static const char digits[] = "0123456789abcdef";

@@ -324,6 +324,7 @@ class Machine {
             if (exchange.barrier.arrived && exchange.barrier.arrived >= popcount(exchange.mask & warp.live))
                 complete(exchange.barrier);
         --block.live;
+        if (!block.live) memset(block.shared, kPoison, config_.shared);  // others of its cluster may read it no more
         if (block.barriers[0].arrived && block.barriers[0].arrived >= block.live) complete(block.barriers[0]);
         progress();
         if (--cluster.live) {
