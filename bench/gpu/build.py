@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,7 @@ def run(context: Context, record: Record) -> None:
         subprocess.Popen([sys.executable, script, str(i), str(WARMERS)], stdout=subprocess.PIPE, text=True)
         for i in range(WARMERS)
     ]
+    images = _images()
     _native(context, record)
     failed = 0
     for warmer in warmers:
@@ -41,9 +43,38 @@ def run(context: Context, record: Record) -> None:
             continue
         failed += bool(warmer.returncode)
         print(told)
+    record.put(images_text="; ".join(_image_texts(images, context)))
     record.put(seconds_of_all=time.monotonic() - began)
     if failed:
         record.problem(f"{failed} of {WARMERS} processes could not make all calls of the model; see the log")
+
+
+def _images() -> dict[str, subprocess.Popen[str]]:
+    """Compilers of the CUDA kernels for this GPU, one for each op; they leave what they make in the cache."""
+    import torch
+
+    from fastloop.ops.cuda import KERNELS
+    from fastloop.ops.cuda_images import architecture
+
+    arch = architecture(*torch.cuda.get_device_capability())
+    command = [sys.executable, "-m", "fastloop.ops.cuda_images", "--arch", arch, "--out", os.devnull]
+    return {
+        op: subprocess.Popen([*command, op], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for op in KERNELS
+    }
+
+
+def _image_texts(images: dict[str, subprocess.Popen[str]], context: Context) -> list[str]:
+    """What became of each. That nothing compiles them here is no problem: what uses them then says so."""
+    texts = []
+    for op, process in images.items():
+        try:
+            told, _ = process.communicate(timeout=max(context.left_s, 1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            told = "not compiled in time"
+        texts.append(f"{op}: {told.strip()[-300:] if process.returncode else 'compiled'}")
+    return texts
 
 
 def _native(context: Context, record: Record) -> None:

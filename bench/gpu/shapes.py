@@ -159,3 +159,15 @@ def model_cases(config: ModelConfig, dtype: torch.dtype) -> dict[str, Callable[[
     ]
     grouped["sample"] = lambda g: [cases.sample_case(g, rows=5, vocab=d.vocab_padded, dtype=dtype)]
     return grouped
+
+
+def small_bfloat16(g: Generator) -> list[Case]:
+    """linear in bfloat16 at sizes that leave a rest of every tile, for kernels that take nothing else."""
+    sizes = ((1, 8, 8), (13, 200, 300), (9, 67, 130), (33, 1096, 256), (64, 64, 64), (65, 136, 72))
+    return [
+        cases.linear_case(
+            g, rows=n, width_in=i, width_out=o, bias=True, residual=True, epilogue=e, dtype=torch.bfloat16
+        )
+        for n, i, o in sizes
+        for e in ("none", "gelu", "silu_gate")
+    ]

@@ -6,21 +6,29 @@ No op has "cuda" as its default: a kernel becomes one with a results file that s
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..config import HOP_SAMPLES
 from .cuda_images import architecture, image
+from .decide import _check as check_decide
 from .dispatch import BackendError, Limits, Op
 from .linear import EPILOGUES
 from .linear import _check as check_linear
-from .native import address, native, reason, require_native, rows_of
+from .mel import CLAMPS, EDGES, check_mel
+from .native import FLOAT32, address, check_in_place, native, reason, require_native, rows_of
+from .paged_attention import _check as check_paged_attention
+from .sample import _check as check_sample
 
 BFLOAT16 = (torch.bfloat16,)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)  # in fastloop_cuda_dtype's order
 
 
 @dataclass(frozen=True)
@@ -29,7 +37,9 @@ class Gpu:
 
     device: torch.device
     modules: dict[str, Any] = field(default_factory=dict)  # op -> fastloop._native.cuda.Module
-    scratch: dict[int, Tensor] = field(default_factory=dict)  # stream -> zeros that its calls share
+    scratch: dict[tuple[str, int], Tensor] = field(
+        default_factory=dict
+    )  # (op, stream) -> what its calls share
 
     def module(self, op: str) -> Any:
         """The op's kernels, loaded with the first call; two threads may load them twice, once too often."""
@@ -47,21 +57,36 @@ class Gpu:
         """torch's current one."""
         return torch.cuda.current_stream(self.device).cuda_stream
 
-    def workspace(self, size: int) -> Tensor | None:
+    def workspace(self, op: str, size: int) -> Tensor | None:
         """Zeros, which kernels leave as zeros where it matters (their counters); None for no bytes.
 
-        Calls of one stream follow each other, so they share it. A capture gets its own, zeroed by the graph:
-        several graphs may be replayed at the same time.
+        Calls of an op on one stream follow each other, so they share it; another op would not find zeros where its
+        counters are. A capture gets its own, zeroed by the graph: several graphs may be replayed at once.
         """
         if size == 0:
             return None
         if torch.cuda.is_current_stream_capturing():
             return torch.zeros(size, dtype=torch.uint8, device=self.device)
-        stream = self.stream()
-        kept = self.scratch.get(stream)
+        place = (op, self.stream())
+        kept = self.scratch.get(place)
         if kept is None or kept.numel() < size:
-            kept = self.scratch[stream] = torch.zeros(size, dtype=torch.uint8, device=self.device)
+            kept = self.scratch[place] = torch.zeros(size, dtype=torch.uint8, device=self.device)
         return kept
+
+
+_dependent: contextvars.ContextVar[bool] = contextvars.ContextVar("dependent", default=False)
+
+
+@contextlib.contextmanager
+def dependent_launches(wanted: bool) -> Iterator[None]:
+    """Inside, kernels may start before the one in front of them has ended (sm_90 and newer), and read their
+    weights meanwhile: so no kernel directly in front may write those.
+    """
+    token = _dependent.set(wanted)
+    try:
+        yield
+    finally:
+        _dependent.reset(token)
 
 
 @functools.cache
@@ -125,18 +150,215 @@ def linear_cuda(
         out_stride=width,
         splits=splits,
     )
-    workspace = home.workspace(call.workspace_bytes)
+    workspace = home.workspace("linear", call.workspace_bytes)
+    call.launch(
+        workspace=address(workspace),
+        workspace_bytes=0 if workspace is None else workspace.numel(),
+        dependent=_dependent.get(),
+        stream=home.stream(),
+    )
+    return y
+
+
+def mel_cuda(
+    pcm: Tensor,
+    slots: Tensor,
+    tail: Tensor,
+    peak: Tensor,
+    seen: Tensor,
+    filters: Tensor,
+    bands: Tensor,
+    edge: str = "reflect",
+    clamp: str = "running",
+) -> Tensor:
+    """`mel_ref` on a GPU (csrc/cuda/mel.cu), up to 256 bins: pcm float32 [B, S], slots int64 [B], filters
+    float32 [C, 201], bands int32 [C, 2] -> frames float32 [B, S // 160, C]; the state is changed in place.
+    """
+    check_mel((pcm, slots, tail, peak, seen, filters, bands), edge, clamp)
+    home = gpu_of("mel", pcm=pcm)
+    for name, state in (("tail", tail), ("peak", peak), ("seen", seen)):
+        check_in_place("mel", name, state)
+    batch, samples = pcm.shape
+    pcm, slots, filters, bands = rows_of(pcm), slots.contiguous(), filters.contiguous(), bands.contiguous()
+    frames = pcm.new_empty(batch, samples // HOP_SAMPLES, len(filters))
+    require_native().cuda.mel(
+        module=home.module("mel"),
+        batch=batch,
+        samples=samples,
+        pcm=address(pcm),
+        pcm_stride=pcm.stride(0),
+        slots=address(slots),
+        slot_count=len(peak),
+        tail=address(tail),
+        peak=address(peak),
+        seen=address(seen),
+        bins=len(filters),
+        filters=address(filters),
+        bands=address(bands),
+        edge=EDGES.index(edge),
+        clamp=CLAMPS.index(clamp),
+        frames=address(frames),
+        dependent=False,
+        stream=home.stream(),
+    )
+    return frames
+
+
+def paged_attention_cuda(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    row_starts: Tensor,
+    kv_lens: Tensor,
+    gaps: Tensor,
+    blocks: int = 0,
+) -> Tensor:
+    """`paged_attention_ref` on a GPU (csrc/cuda/paged_attention.cu): q [N, H, K], pages [P, Q, G, K],
+    block_table int32 [B, M], row_starts int32 [B + 1], kv_lens int32 [B], gaps int32 [B, 2] -> [N, H, K] in
+    q's dtype.
+
+    q bfloat16 with pages of bfloat16 or float8_e4m3fn, float16 with float16, float32 with float32 or bfloat16
+    (without tensor cores); K is a multiple of 8 (16 for float8) up to 128. Equal inputs give equal bits.
+
+    blocks: that share the work of a KV head, for tuning; 0 leaves it to the size of the device.
+    """
+    check_paged_attention(q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps)
+    home = gpu_of(
+        "paged_attention", q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table,
+        row_starts=row_starts, kv_lens=kv_lens, gaps=gaps,
+    )  # fmt: skip
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        if not pages.is_contiguous():
+            raise ValueError(f"paged_attention: {name} must be contiguous; the pool is not copied")
+    (rows, heads, width), (page, groups) = q.shape, k_pages.shape[1:3]
+    q, table, row_starts = q.contiguous(), rows_of(block_table), row_starts.contiguous()
+    kv_lens, gaps = kv_lens.contiguous(), gaps.contiguous()
+    out = torch.empty_like(q)
+    call = require_native().cuda.PagedAttention(
+        module=home.module("paged_attention"),
+        dtype=_dtype("paged_attention", "q", q),
+        page_dtype=_dtype("paged_attention", "k_pages", k_pages),
+        rows=rows,
+        sequences=len(kv_lens),
+        heads=heads,
+        q=address(q),
+        k_pages=address(k_pages),
+        v_pages=address(v_pages),
+        page_tokens=page,
+        kv_heads=groups,
+        head_width=width,
+        row_starts=address(row_starts),
+        block_table=address(table),
+        table_width=table.shape[1],
+        table_stride=table.stride(0),
+        kv_lens=address(kv_lens),
+        gaps=address(gaps),
+        out=address(out),
+        blocks=blocks,
+    )
+    workspace = home.workspace("paged_attention", call.workspace_bytes)
     call.launch(
         workspace=address(workspace),
         workspace_bytes=0 if workspace is None else workspace.numel(),
         dependent=False,
         stream=home.stream(),
     )
-    return y
+    return out
+
+
+def decide_cuda(
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    head: Tensor,
+    slots: Tensor,
+    policy: Tensor,
+    state: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """`decide_ref` on a GPU (csrc/cuda/decide.cu): x [R, D], norm_weight [D], head [2, D] of float32, bfloat16
+    or float16, slots int64 [R], policy float32 [Z, 3], state int32 [Z, 2] (changed in place) -> p(respond)
+    float32 [R], decision int32 [R]. In float64, logits are not rounded to x's dtype.
+    """
+    check_decide(x, norm_weight, head, slots, policy, state)
+    home = gpu_of("decide", x=x, norm_weight=norm_weight, head=head, slots=slots, policy=policy, state=state)
+    check_in_place("decide", "state", state)
+    x, norm_weight, head = rows_of(x), norm_weight.contiguous(), head.contiguous()
+    slots, policy = slots.contiguous(), policy.contiguous()
+    p = x.new_empty(len(x), dtype=torch.float32)
+    decision = x.new_empty(len(x), dtype=torch.int32)
+    require_native().cuda.decide(
+        module=home.module("decide"),
+        dtype=_dtype("decide", "x", x),
+        rows=x.shape[0],
+        width=x.shape[1],
+        x=address(x),
+        x_stride=x.stride(0),
+        norm_weight=address(norm_weight),
+        eps=eps,
+        head=address(head),
+        slots=address(slots),
+        slot_count=len(state),
+        policy=address(policy),
+        state=address(state),
+        p_respond=address(p),
+        decision=address(decision),
+        dependent=False,
+        stream=home.stream(),
+    )
+    return p, decision
+
+
+def sample_cuda(
+    logits: Tensor,
+    banned: Tensor,
+    phase: Tensor,
+    temperature: Tensor,
+    top_k: Tensor,
+    top_p: Tensor,
+    seed: Tensor,
+    counter: Tensor,
+) -> Tensor:
+    """`sample_ref` on a GPU (csrc/cuda/sample.cu): logits [R, V] of float32, bfloat16 or float16, banned bool
+    [phases, V], phase int64 [R], temperature and top_p float32 [R], top_k, seed and counter int64 [R] -> ids
+    int64 [R]; the same tokens, unless a draw lies within about 1e-11 of a step of the distribution.
+    """
+    check_sample(logits, banned, phase, temperature, top_k, top_p, seed, counter)
+    home = gpu_of("sample", logits=logits, banned=banned, phase=phase, temperature=temperature, top_k=top_k)
+    logits, banned = rows_of(logits), banned.contiguous()
+    options = [t.contiguous() for t in (phase, temperature, top_k, top_p, seed, counter)]
+    names = ("phase", "temperature", "top_k", "top_p", "seed", "counter")
+    tokens = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
+    require_native().cuda.sample(
+        module=home.module("sample"),
+        dtype=_dtype("sample", "logits", logits),
+        rows=logits.shape[0],
+        vocab=logits.shape[1],
+        logits=address(logits),
+        logits_stride=logits.stride(0),
+        banned=address(banned),
+        tokens=address(tokens),
+        dependent=False,
+        stream=home.stream(),
+        **{name: address(option) for name, option in zip(names, options, strict=True)},
+    )
+    return tokens
+
+
+def _dtype(op: str, name: str, tensor: Tensor) -> int:
+    """fastloop_cuda_dtype of a tensor; TypeError where there is none."""
+    if tensor.dtype not in DTYPES:
+        known = ", ".join(str(dtype) for dtype in DTYPES)
+        raise TypeError(f"{op}: backend 'cuda' takes {name} in {known}, got {tensor.dtype}; convert it")
+    return DTYPES.index(tensor.dtype)
 
 
 KERNELS: dict[str, tuple[Callable[..., Any], Limits]] = {  # op -> its function, what that takes
     "linear": (linear_cuda, {"x": BFLOAT16}),
+    "mel": (mel_cuda, {"pcm": FLOAT32}),
+    "paged_attention": (paged_attention_cuda, {"q": DTYPES[:3], "k_pages": DTYPES}),
+    "decide": (decide_cuda, {"x": DTYPES[:3], "policy": FLOAT32}),
+    "sample": (sample_cuda, {"logits": DTYPES[:3], "temperature": FLOAT32}),
 }
 
 

@@ -1,7 +1,8 @@
 """For conftest.py of tests/ops and bench/ops: `implementation` runs over every implementation of an op.
 
 The op is the one that the file names (test_linear.py, bench_linear.py); in a file that names none, every op.
-What cannot run here is skipped and says why; a `dtype` that an implementation does not take is left out.
+What cannot run here is skipped and says why; a `dtype` that an implementation does not take is left out, and
+so is a test without one, which is in float32, for an implementation that has none.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _is_taken(item: pytest.Item) -> bool:
     params = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
     implementation, dtype = params.get("implementation"), params.get("dtype")
-    if not isinstance(implementation, Implementation) or not isinstance(dtype, torch.dtype):
+    if not isinstance(implementation, Implementation):
         return True
-    return implementation.takes(dtype)
+    return implementation.takes(dtype if isinstance(dtype, torch.dtype) else torch.float32)
 
 
 def _param(implementation: Implementation, alone: bool) -> object:

@@ -185,7 +185,8 @@ def test_what_is_launched_on_sm_90(gpu: Any, driver: Any) -> None:
     a = case_of(
         rows=13, width_in=512, width_out=512, bias=False, residual=False, epilogue="silu_gate"
     ).arguments
-    y = linear_cuda(**a)
+    with cuda.dependent_launches(True):
+        y = linear_cuda(**a)
     events = driver.events()
     assert [next(iter(event)) for event in events] == ["load", "kernel", "attribute", "launch"]
     launch = events[-1]
@@ -194,7 +195,7 @@ def test_what_is_launched_on_sm_90(gpu: Any, driver: Any) -> None:
     assert launch["launch"] == "linear_wgmma_16" and launch["device"] == 0 and launch["stream"] == 0x5EED
     # 4 tiles of 64 channels, 8 steps: 4 ranges of 2 steps
     assert launch["grid"] == [16, 1, 1] and launch["cluster"] == 4
-    assert launch["block"] == [160, 1, 1] and launch["shared"] == shared and not launch["dependent"]
+    assert launch["block"] == [160, 1, 1] and launch["shared"] == shared and launch["dependent"]
     weight, x = (fields_of(launch, i, MAP) for i in (0, 1))
     assert weight[1:] == (a["weight"].data_ptr(), 512, 512, 1024, 64, 64, 2, 3)
     assert x[1:] == (a["x"].data_ptr(), 512, 13, 1024, 64, 16, 2, 3)
@@ -208,6 +209,7 @@ def test_what_is_launched_on_sm_80(gpu: Any, driver: Any) -> None:
     a = case_of(rows=13, width_in=512, width_out=512).arguments
     linear_cuda(**a)
     (launch,) = driver.launches()
+    assert not launch["dependent"]
     # 4 tiles of 128 channels, 8 steps: 4 ranges
     assert launch["launch"] == "linear_mma_16" and launch["grid"] == [4, 1, 4] and launch["cluster"] == 1
     assert launch["shared"] == 4 * (128 + 16) * 128

@@ -97,7 +97,7 @@ def test_two_blocks_of_linear_fit_into_a_processor(arch: str, folder: Path) -> N
 
 
 def test_linear_uses_what_it_was_written_for(folder: Path) -> None:
-    """sm_90a: bulk tensor copies, warpgroup products, dependent launch; sm_80: asynchronous copies, products."""
+    """sm_90a: bulk tensor copies, products of four warps, dependent launch; sm_80: asynchronous copies."""
     old, new = (compiled("linear", arch, folder) for arch in ARCHITECTURES)
     if not new.code:
         pytest.skip("no cuobjdump: triton is not installed")
