@@ -14,12 +14,13 @@ constexpr const char* WHERE = "cuda_linear";
 constexpr size_t LEAST_STEPS = 2;  // of a split: stages of 64 inputs
 constexpr size_t MOST_WGMMA = 8;   // blocks of a cluster that every GPU of sm_90 takes
 constexpr size_t MOST_MMA = 16;
+constexpr size_t COUNTERS = 4096;  // at the front of a workspace, however many are used: so that calls of all sizes share it
 
 struct Plan {
     bool wgmma;
     unsigned row_block;   // rows a block computes
     unsigned tiles, row_blocks, splits;
-    size_t counter_bytes, workspace_bytes;
+    size_t workspace_bytes;
 };
 
 constexpr size_t up(size_t value, size_t by) { return (value + by - 1) / by; }
@@ -29,7 +30,7 @@ bool multiple(const void* address, size_t of) { return reinterpret_cast<uintptr_
 // 132 processors: 16 tiles, 32 steps: 8 ranges, 128 blocks; gate and up: 172 tiles, 1.
 unsigned choose_splits(size_t tiles, size_t steps, size_t processors, size_t most) {
     size_t splits = 1;
-    while (2 * splits <= most && tiles * splits < processors && steps >= 2 * splits * LEAST_STEPS) splits *= 2;
+    while (2 * splits <= most && tiles * splits < processors && tiles <= COUNTERS && steps >= 2 * splits * LEAST_STEPS) splits *= 2;
     return static_cast<unsigned>(splits);
 }
 
@@ -82,10 +83,12 @@ Plan plan(const fastloop_cuda_linear_params& p, const Device& device) {
     made.splits = p.splits ? static_cast<unsigned>(p.splits)
                            : choose_splits(blocks, steps, static_cast<size_t>(device.processors), most);
     if (!made.wgmma && made.splits > 1) {
-        made.counter_bytes = up(blocks * sizeof(unsigned), 256) * 256;
+        if (blocks > COUNTERS)
+            fail(FASTLOOP_BAD_ARGUMENT, "%s: splits is %d for %zu blocks, more than %zu are not split", WHERE, p.splits,
+                 blocks, COUNTERS);
         const size_t sums = static_cast<size_t>(made.row_block) * LINEAR_CHANNELS * sizeof(float);
         addressable(WHERE, "workspace", blocks * made.splits, sums, 1);
-        made.workspace_bytes = made.counter_bytes + blocks * made.splits * sums;
+        made.workspace_bytes = COUNTERS * sizeof(unsigned) + blocks * made.splits * sums;
     }
     return made;
 }
@@ -99,7 +102,7 @@ LinearParams kernel_params(const fastloop_cuda_linear_params& p, const Plan& pla
     k.out = p.out;
     if (plan.workspace_bytes) {
         k.arrived = static_cast<unsigned*>(p.workspace);
-        k.partial = reinterpret_cast<float*>(static_cast<char*>(p.workspace) + plan.counter_bytes);
+        k.partial = reinterpret_cast<float*>(k.arrived + COUNTERS);
     }
     k.x_stride = static_cast<long long>(p.x_stride);
     k.weight_stride = static_cast<long long>(p.weight_stride);

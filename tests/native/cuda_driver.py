@@ -104,7 +104,7 @@ class EmulatedGpu:
     libraries: dict[str, Path]  # op -> emulation library
     modules: dict[str, Any] = field(default_factory=dict)
     asked: list[int] = field(default_factory=list)  # sizes of workspaces
-    kept: dict[int, Tensor] = field(default_factory=dict)
+    kept: dict[str, Tensor] = field(default_factory=dict)  # op -> workspace
 
     def module(self, op: str) -> Any:
         if op not in self.modules:
@@ -115,16 +115,16 @@ class EmulatedGpu:
     def stream(self) -> int:
         return STREAM
 
-    def workspace(self, size: int) -> Tensor | None:
-        """Exactly as large as wanted, with poison behind it; counters must come back as zeros."""
+    def workspace(self, op: str, size: int) -> Tensor | None:
+        """One of an op for calls of all sizes, as on a GPU: what they leave, the next ones find."""
         if size == 0:
             return None
         self.asked.append(size)
-        if size not in self.kept:
+        if op not in self.kept or self.kept[op].numel() < size:
             whole = torch.zeros(size + 512, dtype=torch.uint8)
             start = -whole.data_ptr() % 256
-            self.kept[size] = whole[start : start + size]
-        return self.kept[size]
+            self.kept[op] = whole[start : start + size]
+        return self.kept[op]
 
 
 def emulated(emulation: ModuleType, *ops: str) -> EmulatedGpu:

@@ -177,6 +177,7 @@ def fields_of(launch: dict[str, Any], parameter: int, layout: str) -> tuple[Any,
 
 
 MAP = "<QQQQQIIII"  # cuda_emulation/tensor_map.h
+COUNTERS = 16_384  # bytes in front of a workspace's sums
 PARAMS = "<QQQQQQQqqqqiiiiiii"  # csrc/cuda/linear.h
 
 
@@ -213,10 +214,19 @@ def test_what_is_launched_on_sm_80(gpu: Any, driver: Any) -> None:
     # 4 tiles of 128 channels, 8 steps: 4 ranges
     assert launch["launch"] == "linear_mma_16" and launch["grid"] == [4, 1, 4] and launch["cluster"] == 1
     assert launch["shared"] == 4 * (128 + 16) * 128
-    assert gpu.asked == [256 + 4 * 4 * 16 * 128 * 4]
+    assert gpu.asked == [COUNTERS + 4 * 4 * 16 * 128 * 4]
     found = fields_of(launch, 0, PARAMS)
-    assert found[5] == found[6] + 256 == gpu.kept[gpu.asked[0]].data_ptr() + 256
-    assert not gpu.kept[gpu.asked[0]][:256].any()  # counters are left as they were
+    assert found[5] == found[6] + COUNTERS == gpu.kept["linear"].data_ptr() + COUNTERS
+    assert not gpu.kept["linear"][:COUNTERS].any()  # left as they were
+
+
+def test_calls_of_all_sizes_share_a_workspace(check: Callable[[Case], None], gpu: Any, driver: Any) -> None:
+    """Each finds its counters at zero, however many the one before had."""
+    driver.device(8, processors=10_000)
+    gpu.workspace("linear", 1 << 23)
+    for rows, width_out in ((13, 128), (70, 40 * 128), (1, 256), (13, 80 * 128)):
+        check(case_of(rows=rows, width_in=256, width_out=width_out))
+        assert driver.launches()[0]["grid"][2] > 1
 
 
 @pytest.mark.parametrize(
@@ -291,10 +301,10 @@ def test_too_little_workspace(driver: Any) -> None:
     call = linear(
         native.cuda.Module(0, b"\x7fELFfake".ljust(16, b"\0")), in_=1024, x_stride=1024, weight_stride=1024
     )
-    assert call.workspace_bytes == 256 + 8 * 8 * 128 * 4
+    assert call.workspace_bytes == COUNTERS + 8 * 8 * 128 * 4
     with pytest.raises(ValueError, match="workspace is NULL"):
         call.launch(0, 0, dependent=False, stream=0)
-    with pytest.raises(ValueError, match="workspace of 256 bytes, 33024 are needed"):
+    with pytest.raises(ValueError, match="workspace of 256 bytes, 49152 are needed"):
         call.launch(4096, 256, dependent=False, stream=0)
 
 
