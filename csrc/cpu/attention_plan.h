@@ -30,12 +30,14 @@ class AttentionPlan {
     size_t part_floats() const { return part_floats_; }  // of PagedAttention::parts
     size_t work() const { return work_; }                  // multiply-adds
     size_t scratch_bytes(size_t width) const { return attention_scratch(most_rows_, width); }  // of each thread
+    // All jobs; rows whose context has several spans are complete behind `merge`, which each row takes on its own.
     void run(Stage& s, const PagedAttention& call) const;
+    void merge(Isa isa, const PagedAttention& call, size_t row) const;
 
   private:
-    // A row whose context has several spans.
+    // What a row is made of where its context has several spans, else none.
     struct Merge {
-        size_t row, spans;
+        size_t spans;
         size_t part;  // index of its first part: [spans][groups]
         size_t row_in_part;
     };
@@ -43,7 +45,7 @@ class AttentionPlan {
 
     size_t repeat_ = 1, groups_ = 0, width_ = 0;
     std::vector<AttentionJob> jobs_;
-    std::vector<Merge> merges_;
+    std::vector<Merge> merges_;  // of every row
     std::vector<size_t> parts_;  // where each begins, in floats
     size_t part_floats_ = 0;
     size_t work_ = 0;

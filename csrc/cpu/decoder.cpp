@@ -105,7 +105,15 @@ void fastloop_decoder::attention(Stage& s, size_t layer, const fastloop_decode_p
          (item - c.rows) % p.kv_heads, pages);
     });
     const int32_t products = c.page_format == FASTLOOP_FLOAT32 ? FASTLOOP_FLOAT32 : FASTLOOP_BFLOAT16;
-    plan.run(s, {b.q, p.heads, pages, products, b.attended, b.parts});
+    const PagedAttention call{b.q, p.heads, pages, products, b.attended, b.parts};
+    plan.run(s, call);
+    const Weight& out = weight(layers[layer].out);
+    const Rows packed = rows_in(out, c.rows, b.packed);
+    pack_rows(s, out, packed, [&](size_t row, float*) {
+        plan.merge(s.isa, call, row);
+        return b.attended + row * attended();
+    });
+    multiply(s, out, packed, {nullptr, FASTLOOP_NONE, c.x, p.width, c.x, p.width});
 }
 
 void fastloop_decoder::layer(Stage& s, size_t layer, const fastloop_decode_params& c, const Buffers& b) const {
@@ -121,9 +129,6 @@ void fastloop_decoder::layer(Stage& s, size_t layer, const fastloop_decode_param
     pack_rows(s, weight(l.qkv), packed, normed(l.norm1_weight));
     multiply(s, weight(l.qkv), packed, {nullptr, FASTLOOP_NONE, nullptr, 0, b.qkv, qkv_rows()});
     attention(s, layer, c, b);
-    packed = rows_in(weight(l.out), c.rows, b.packed);
-    pack_rows(s, weight(l.out), packed, [&](size_t row, float*) { return b.attended + row * attended(); });
-    multiply(s, weight(l.out), packed, {nullptr, FASTLOOP_NONE, c.x, d, c.x, d});
     packed = rows_in(weight(l.gate_up), c.rows, b.packed);
     pack_rows(s, weight(l.gate_up), packed, normed(l.norm2_weight));
     multiply(s, weight(l.gate_up), packed, {nullptr, FASTLOOP_NONE, nullptr, 0, b.wide, ffn()});

@@ -76,19 +76,20 @@ void AttentionPlan::cut_run(const Sequences& s, size_t b, size_t row, size_t row
                              static_cast<size_t>(s.gaps[2 * b]), static_cast<size_t>(s.gaps[2 * b + 1]),
                              s.block_table + b * s.table_width, part});
         }
-    for (size_t r = 0; spans > 1 && r < rows; ++r) merges_.push_back({row + r, spans, first_part, r});
+    for (size_t r = 0; r < rows; ++r) merges_.push_back({spans > 1 ? spans : 0, first_part, r});
     most_rows_ = std::max(most_rows_, rows * repeat_);
     work_ += 2 * rows * repeat_ * groups_ * last * width_;
 }
 
 void AttentionPlan::run(Stage& s, const PagedAttention& call) const {
     s.crew.each(jobs_.size(), [&](size_t i) { FASTLOOP_KERNEL(s.isa, paged_attention)(call, jobs_[i], s.scratch); });
-    if (merges_.empty()) return;
-    s.crew.each(merges_.size(), [&](size_t i) {
-        const Merge& m = merges_[i];
-        FASTLOOP_KERNEL(s.isa, merge_attention)
-        (call, parts_.data() + m.part, m.spans, m.row_in_part, call.out + m.row * call.heads * width_);
-    });
+}
+
+void AttentionPlan::merge(Isa isa, const PagedAttention& call, size_t row) const {
+    const Merge& m = merges_[row];
+    if (m.spans == 0) return;
+    FASTLOOP_KERNEL(isa, merge_attention)
+    (call, parts_.data() + m.part, m.spans, m.row_in_part, call.out + row * call.heads * width_);
 }
 
 }  // namespace fastloop
@@ -122,6 +123,9 @@ extern "C" fastloop_status fastloop_paged_attention(const fastloop_paged_attenti
         const Scratch scratch(parts + each * threads_of(team));
         const Pages pages{p.page_format, p.k_pages, p.v_pages, p.page_tokens, p.kv_heads, p.head_width};
         const PagedAttention call{p.q, p.heads, pages, FASTLOOP_FLOAT32, p.out, reinterpret_cast<float*>(scratch.data)};
-        staged(team, isa, scratch.data + parts, each, [&](Stage& s) { plan.run(s, call); });
+        staged(team, isa, scratch.data + parts, each, [&](Stage& s) {
+            plan.run(s, call);
+            s.crew.each(p.rows, [&](size_t row) { plan.merge(isa, call, row); });
+        });
     });
 }

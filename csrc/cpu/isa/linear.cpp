@@ -113,21 +113,41 @@ void choose(size_t count, const Weight& w, size_t panel, const Rows& rows, size_
 
 // ---- the end of a row ----------------------------------------------------------------------------------------------
 
-// One row of a tile, 32 sums: scales, bias, GELU or gate, residual; `row` is its number in the call.
-void finish_row(const Weight& w, size_t panel, const Rows& rows, size_t row, float* v, const Finish& f) {
+// Numbers c.. of a row's sums with their scales.
+FASTLOOP_INLINE Lanes scaled(const Weight& w, size_t panel, const Rows& rows, size_t row, const float* v, size_t c) {
     if (w.format == FASTLOOP_INT8) {
-        const int32_t shift = 128 * rows.sum[row];  // the 128 that the weights were shifted by
-        const Lanes scale = splat(rows.scale[row]);
-        const float* channel = w.scale + panel * kPanel;
-        for (size_t c = 0; c < kPanel; c += kLanes) {
-            const IntLanes sum = raw(reinterpret_cast<const unsigned char*>(v + c)) - shift;
-            store(v + c, __builtin_convertvector(sum, Lanes) * (scale * load(channel + c)));
-        }
-    } else if (w.format == FASTLOOP_INT4) {
-        for (size_t c = 0; c < kPanel; c += kLanes) store(v + c, load(v + c) * rows.scale[row]);
+        const IntLanes sum = raw(reinterpret_cast<const unsigned char*>(v + c)) - 128 * rows.sum[row];  // weights are shifted by 128
+        return unfused(__builtin_convertvector(sum, Lanes) * (rows.scale[row] * load(w.scale + panel * kPanel + c)));
     }
-    const size_t per_panel = w.gated ? kPanel / 2 : kPanel, first = panel * per_panel;
-    const size_t count = w.width() - first < per_panel ? w.width() - first : per_panel;
+    if (w.format == FASTLOOP_INT4) return unfused(load(v + c) * rows.scale[row]);
+    return load(v + c);
+}
+
+// A row of a whole panel: scales, bias, GELU or gate, residual.
+FASTLOOP_INLINE void finish_whole(const Weight& w, size_t panel, const Rows& rows, size_t row, const float* v, const Finish& f,
+                                  size_t first, size_t per_panel) {
+    float* const out = f.out + row * f.out_stride + first;
+    const float* const bias = f.bias == nullptr ? nullptr : f.bias + first;
+    const float* const residual = f.residual == nullptr ? nullptr : f.residual + row * f.residual_stride + first;
+    for (size_t c = 0; c < per_panel; c += kLanes) {
+        Lanes y = scaled(w, panel, rows, row, v, c);
+        if (bias != nullptr) y += load(bias + c);
+        if (w.gated) {
+            Lanes up = scaled(w, panel, rows, row, v, kPanel / 2 + c);
+            if (bias != nullptr) up += load(bias + w.width() + c);
+            y = unfused(silu(y) * up);
+        } else if (f.epilogue == FASTLOOP_GELU) {
+            y = unfused(gelu(y));
+        }
+        if (residual != nullptr) y += load(residual + c);
+        store(out + c, y);
+    }
+}
+
+// The same of the last panel, some of whose channels are fillers.
+void finish_some(const Weight& w, size_t panel, const Rows& rows, size_t row, float* v, const Finish& f, size_t first,
+                 size_t count) {
+    for (size_t c = 0; c < kPanel; c += kLanes) store(v + c, scaled(w, panel, rows, row, v, c));
     if (f.bias != nullptr)
         for (size_t c = 0; c < count; ++c) v[c] += f.bias[first + c];
     if (f.bias != nullptr && w.gated)
@@ -137,12 +157,16 @@ void finish_row(const Weight& w, size_t panel, const Rows& rows, size_t row, flo
     else if (f.epilogue == FASTLOOP_GELU)
         for (size_t c = 0; c < kPanel; c += kLanes) store(v + c, gelu(load(v + c)));
     float* out = f.out + row * f.out_stride + first;
-    if (f.residual == nullptr) {
-        std::memcpy(out, v, count * sizeof(float));
-        return;
-    }
-    const float* residual = f.residual + row * f.residual_stride + first;
-    for (size_t c = 0; c < count; ++c) out[c] = v[c] + residual[c];
+    const float* const residual = f.residual == nullptr ? nullptr : f.residual + row * f.residual_stride + first;
+    for (size_t c = 0; c < count; ++c) out[c] = residual == nullptr ? v[c] : v[c] + residual[c];
+}
+
+// Rows begin..end - 1 of a tile [rows][32].
+void finish_rows(const Weight& w, size_t panel, const Rows& rows, size_t begin, size_t end, float* tile, const Finish& f) {
+    const size_t per_panel = w.gated ? kPanel / 2 : kPanel, first = panel * per_panel, left = w.width() - first;
+    for (size_t row = begin; row < end; ++row, tile += kPanel)
+        if (left >= per_panel) finish_whole(w, panel, rows, row, tile, f, first, per_panel);
+        else finish_some(w, panel, rows, row, tile, f, first, left);
 }
 
 // ---- the rows ------------------------------------------------------------------------------------------------------
@@ -245,8 +269,7 @@ void linear_panels(const Weight& w, const Rows& rows, const Finish& finish, size
             const size_t begin = blocks.begin(block), end = blocks.begin(block + 1);
             const Ahead ahead = ahead_of(w.data + panel * bytes, bytes, bytes / (kPanel * kUnitBytes), block, blocks.count);
             choose<kBlock>(end - begin, w, panel, rows, begin, ahead, tile);
-            for (size_t row = begin; row < end; ++row)
-                finish_row(w, panel, rows, row, tile + (row - begin) * kPanel, finish);
+            finish_rows(w, panel, rows, begin, end, tile, finish);
         }
 }
 
