@@ -11,7 +11,7 @@ from torch import Generator, Tensor
 from ..ops.dispatch import REGISTRY
 from .implementations import Implementation, copied
 from .op_cases import Arguments, Case
-from .selfcheck import compare, judge, results, widened
+from .selfcheck import compare, compare_pooled, judge, results, widened
 from .tolerance import FORMULA_BOUND, relative_error
 
 
@@ -19,9 +19,20 @@ def seeded(seed: int) -> Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def assert_right(implementation: Implementation, case: Case) -> None:
-    """Results and changed arguments are within the bound of the definition, and nothing else has changed."""
+POOLED = 2048  # numbers: both errors are known to some 2 %
+
+
+def assert_right(
+    implementation: Implementation, case: Case, redraw: Callable[[Generator], Case] | None = None
+) -> None:
+    """Results and changed arguments are within the bound of the definition, and nothing else has changed.
+
+    redraw: makes the case from another seed. With it, a call that errs too much counts as wrong if it does so
+    over many draws: of a few numbers it is chance.
+    """
     found = compare(implementation, case)
+    if not found.ok and found.error is not None and redraw is not None:
+        found = compare_pooled(implementation, (redraw(seeded(seed)) for seed in range(POOLED)), POOLED)
     assert found.ok, found.problem
 
 

@@ -6,11 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Generator, Tensor
 
 from fastloop.ops.dispatch import REGISTRY
+from fastloop.testing.assertions import seeded
 from fastloop.testing.implementations import Implementation, copied, fence_broken, fenced, implementations
-from fastloop.testing.selfcheck import GUARD, self_check
+from fastloop.testing.op_cases import Case, linear_case
+from fastloop.testing.selfcheck import GUARD, compare, compare_pooled, self_check
 
 
 def beyond(tensor: Tensor, offset: int) -> Tensor:
@@ -48,6 +50,34 @@ def test_what_is_read_astray_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setitem(REGISTRY["linear"].implementations, "torch", implementation)
     assert "NaN in the wrong place" in self_check("linear", "torch").problem
+
+
+@pytest.mark.parametrize(("factor", "right"), [(0.0, True), (1.9, True), (2.2, False)])
+def test_the_errors_of_many_draws_are_no_chance(
+    factor: float, right: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One number a call: an implementation that errs `factor` times as much as PyTorch, in its own way."""
+    others = seeded(1)
+
+    def implementation(x: Tensor, weight: Tensor, **rest: object) -> Tensor:
+        truth = x.double() @ weight.double().T
+        noise = torch.randn(1, generator=others, dtype=torch.float64)
+        return (truth + factor * deviation * noise).float()
+
+    def draw(generator: Generator) -> Case:
+        return linear_case(generator, rows=1, width_in=300, width_out=1)
+
+    pairs = [(c.arguments["x"], c.arguments["weight"]) for c in map(draw, map(seeded, range(3000)))]
+    errors = torch.cat([(x @ w.T).double() - x.double() @ w.double().T for x, w in pairs])
+    deviation = float(errors.square().mean().sqrt())
+    monkeypatch.setitem(REGISTRY["linear"].implementations, "cpu", implementation)
+    ours = Implementation("linear", "cpu", "cpu")
+    found = compare_pooled(ours, (draw(seeded(seed)) for seed in range(3000)), 3000)
+    assert found.ok is right and found.bound == pytest.approx(
+        2 * deviation / float(torch.cat([x.double() @ w.double().T for x, w in pairs]).square().mean().sqrt())
+    )
+    if right and factor:  # calls that one by one err too much
+        assert sum(not compare(ours, draw(seeded(seed))).ok for seed in range(100)) > 5
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int32, torch.int64, torch.bool])
