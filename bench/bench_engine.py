@@ -26,6 +26,7 @@ class NoModel:
     """A runner that computes nothing but the policy: what is left is the engine."""
 
     depth = 1
+    replies = None
 
     def __init__(self) -> None:
         self.engine: Engine | None = None

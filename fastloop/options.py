@@ -175,6 +175,8 @@ class EngineConfig:
         which takes page_tokens in multiples of 64 and heads in multiples of 32 channels; "auto": float32
         beside float32 weights, else bfloat16.
     threads: of the native runner; None takes torch's number.
+    single_stream: whether, while one session alone is open, its responses run as loops of the device (a WHILE
+        node in a CUDA graph; fastloop.engine.reply). Captured runner only; ConfigError where that cannot be.
     ahead: whether a step is begun before the results of the one before it are taken, where the runner can
         ("captured"); the results are the same.
     """
@@ -190,6 +192,7 @@ class EngineConfig:
     precision: str = "auto"
     kv_precision: str = "auto"
     threads: int | None = None
+    single_stream: bool = False
     ahead: bool = True
 
     def __post_init__(self) -> None:
@@ -208,8 +211,9 @@ class EngineConfig:
         _choice(where, "kv_precision", self.kv_precision, KV_PRECISIONS)
         if self.threads is not None:
             _range(where, "threads", self.threads, 1, 256, int)
-        if not isinstance(self.ahead, bool):
-            raise ConfigError(f"{where}.ahead: must be true or false, got {self.ahead!r}")
+        for flag in ("single_stream", "ahead"):
+            if not isinstance(value := getattr(self, flag), bool):
+                raise ConfigError(f"{where}.{flag}: must be true or false, got {value!r}")
         for name in ("precision", "kv_precision"):
             if getattr(self, name) != "auto" and self.runner in ("eager", "captured"):
                 raise ConfigError(

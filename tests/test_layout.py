@@ -90,7 +90,7 @@ def test_an_op_has_its_test_its_benchmark_and_its_cases(op: str) -> None:
         ("triton_kernels", (".py",), "", TRITON_SHARED),
         ("csrc/cpu", (".cpp",), "", CPU_SHARED),
         ("csrc/cpu/isa", (".cpp",), "", CPU_SHARED),
-        ("csrc/cuda", (".cu",), "", STAGES),
+        ("csrc/cuda", (".cu",), "", STAGES | {"condition"}),
     ],
 )
 def test_a_file_among_the_ops_is_named_as_one(

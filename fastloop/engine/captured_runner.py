@@ -26,6 +26,7 @@ from .captured_perceive import CapturedPerceive
 from .device_step import DeviceStep
 from .graphs import Graph, Graphs
 from .kv_cache import KVCache
+from .reply import Replies
 from .runner import EagerRunner, Round, StepBatch, StepResult
 from .step_buffers import StepBuffers
 from .streams import DECODE, CudaStreams, HostStreams, Streams
@@ -67,6 +68,7 @@ class CapturedRunner(EagerRunner):
         self._perceive = CapturedPerceive(model, mel, self._streams, self._graphs)
         self._groups = self._steps = 0  # of audio tokens, of submit so far
         self._waiting: deque[tuple[int, StepBuffers, StepBatch]] = deque()  # submitted, not collected
+        self.replies = Replies(self._step, self._streams, self._graphs, self._spare_slot)
 
     def open(self, slot: int) -> None:
         begin = super().open

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Model, load
+from ..config import ConfigError
 from ..decision import DecisionState
 from ..errors import CapacityError, FastloopError
 from ..events import Event
@@ -34,6 +35,7 @@ from .buckets import SPARE_STREAMS
 from .kv_cache import KVCache, KVSequence, pages_for
 from .memory import MemoryPlan, memory_plan, session_pages
 from .protocol import LISTENING, Item, Stream
+from .reply import REPLY_TOKENS, Replies
 from .runner import Runner
 from .runners import kv_dtype, kv_layout, make_runner
 from .sequences import Sequences, StepItem
@@ -73,6 +75,9 @@ class Engine:
         slots = self.config.max_sessions + 2 * SPARE_STREAMS  # as above, for captured perception
         self._mel = MelState.empty(slots, device=model.device)
         self.runner = runner or make_runner(self.config, model, self.cache, self._decisions, self._mel)
+        self._reply: Item | None = None  # on its way: a response that the device goes through by itself
+        if self.config.single_stream:
+            self._require_replies(self.runner.replies)
         self._sessions: dict[int, Session] = {}
         self.cache.order = lambda name, work: self.runner.prepare(name, work)
         self._sequences = Sequences(self)
@@ -269,7 +274,7 @@ class Engine:
             cohort_s = COHORT_S if self.runner.depth > 1 else 0.0
         with self._step_lock:
             now = self.clock()
-            if not cohort_s or self._ahead:
+            if not cohort_s or self._ahead or self._reply is not None:
                 return now
             found = [(stream, stream.waiting or stream.unheard) for stream in self._streams()]
         waiting = [w for _, w in found if w is not None]
@@ -298,10 +303,58 @@ class Engine:
 
     def _decode(self) -> int:
         """Submit the next step; collect the oldest one where there is no next, or no place for more."""
+        if self._reply is not None:
+            return self._follow_reply(self._reply)
+        if self.config.single_stream and self._begin_reply():
+            return 1
         begun = self._submit()
         if self._ahead and (not begun or len(self._ahead) >= self._depth):
             return begun + self._collect()
         return begun
+
+    @staticmethod
+    def _require_replies(replies: Replies | None) -> Replies:
+        """The runner's replies; ConfigError where it has none."""
+        why = "only the captured runner replays a reply as one graph" if replies is None else replies.refusal
+        if replies is None or why:
+            raise ConfigError(f"EngineConfig.single_stream: {why}; leave it False")
+        return replies
+
+    def _begin_reply(self) -> bool:
+        """Let the device go through the response of the only session there is, if it has come to one."""
+        replies = self._require_replies(self.runner.replies)
+        if self._ahead or len(self._sessions) != 1:
+            return False
+        [stream] = self._streams()
+        if stream.waiting is None or (item := stream.plan_reply(REPLY_TOKENS)) is None:
+            return False
+        try:
+            replies.submit(scheduler.build([item]), 1 + item.reserve)
+        except BaseException:
+            stream.undo(item)
+            raise
+        stream.ahead.append(item)
+        self._reply = item
+        self.counters.steps += 1
+        return True
+
+    def _follow_reply(self, item: Item) -> int:
+        """Take the tokens that have come; whoever needs the device, or ends the response, ends the loop."""
+        replies = self._require_replies(self.runner.replies)
+        item.stream.follow_cancel()
+        if item.void or len(self._sessions) != 1:
+            replies.stop()
+        tokens, over = replies.read()
+        for token in tokens:
+            if not item.void:
+                item.stream.commit_reply(item, token)
+                self.counters.text_tokens += 1
+                self.counters.rows += 1
+        if over:
+            self._reply = None
+            if not item.void:
+                item.stream.end_reply(item)
+        return 1
 
     @property
     def _depth(self) -> int:
@@ -344,6 +397,9 @@ class Engine:
         try:
             while self._ahead:
                 self._collect()
+            while self._reply is not None:
+                self._require_replies(self.runner.replies).stop()
+                self._follow_reply(self._reply)
         except Exception as error:
             self._fall(error)
             raise
@@ -352,6 +408,7 @@ class Engine:
         """The engine cannot go on. What was on its way has no results; the sessions give back their pages."""
         self._failure = f"{type(error).__name__}: {error}"
         self._ahead.clear()
+        self._reply = None
         for stream in self._streams():
             stream.retract()
 

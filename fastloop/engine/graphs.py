@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..config import ConfigError
 from . import streams as schedule
-from .recorder import record
+from .conditional import capture_loop
+from .recorder import CaptureError, Span, record
 from .streams import STREAMS, Streams
 
 WARM_UPS = 2  # of work before it is captured: libraries allocate and kernels compile in the first calls
@@ -73,6 +74,57 @@ class Graphs:
 
         schedule.capture(self._streams, stream, capture)
         return graphs[0]
+
+    def make_loop(
+        self,
+        stream: str,
+        body: Callable[[], None],
+        condition: Tensor,
+        static: Mapping[str, Tensor],
+        constants: Iterable[Tensor],
+    ) -> Graph:
+        """The graph that runs `body` once and then as long as it leaves `condition` (int32 [1]) not zero.
+
+        The body runs now as in `make`; CaptureError on the CPU also where it does not write the condition.
+        """
+        if not self.enabled:
+            return Loop(_Eager(body), condition)
+        graphs: list[Graph] = []
+
+        def capture() -> None:
+            if self._on_gpu:
+                for _ in range(WARM_UPS):
+                    body()
+                graphs.append(capture_loop(body, condition, torch.cuda.MemPool()))
+            else:
+                graphs.append(loop_tape(body, condition, static, constants))
+
+        schedule.capture(self._streams, stream, capture)
+        return graphs[0]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop without a GPU: what a WHILE node does. Nobody but it reads the condition."""
+
+    body: Graph
+    condition: Tensor  # int32 [1]
+
+    def replay(self) -> None:
+        self.body.replay()
+        while int(self.condition):
+            self.body.replay()
+
+
+def loop_tape(
+    body: Callable[[], None], condition: Tensor, static: Mapping[str, Tensor], constants: Iterable[Tensor]
+) -> Loop:
+    """The recorder's tape of a loop's body; CaptureError where it leaves the condition as it was."""
+    with record(static, constants) as recorder:
+        body()
+    if not any(Span.of(condition) in launch.writes for launch in recorder.tape.launches):
+        raise CaptureError("the body of a loop does not write its condition: it would never end")
+    return Loop(recorder.tape, condition)
 
 
 def capture_tape(

@@ -70,6 +70,7 @@ class Item:
     phase: int = FIRST  # of the token it draws
     feeds: bool = False  # its one row is the token that the session's item before it draws
     void: bool = False  # submitted in vain
+    reserve: int = 0  # KV slots taken behind its rows: those of a reply's further tokens
     planned: float = 0.0  # monotonic seconds
     position: int = 0  # RoPE position of the first row
     before: int = 0  # the sequence's end before this item
@@ -258,10 +259,38 @@ class Stream:
             pending = [self.model.config.tokens.keep_silence]
         return self._place(item)
 
+    def plan_reply(self, most: int) -> Item | None:
+        """A response as far as it may go, at most `most` tokens: its next row, and the slots of further ones.
+
+        None where the next step is not one row, or pages or room for events are missing; then it goes step by
+        step.
+        """
+        room = self.config.max_events - len(self.outbox.events)
+        left = min(self.config.max_response_tokens - self.spoken, most, room)
+        if self.phase != RESPONDING or self.ahead or len(self.pending) != 1 or left < 2:
+            return None
+        phase = FIRST if self.spoken == 0 else LATER
+        item = Item(self, self.epoch, ids=list(self.pending), draws=True, phase=phase, reserve=left - 1)
+        try:
+            self._place(item)
+        except CapacityError:
+            return None
+        return item
+
+    def commit_reply(self, item: Item, token: int) -> None:
+        """Take over one more token of a reply; the row that drew it is in the cache."""
+        item.before += 1
+        self.commit_text(item, token)
+
+    def end_reply(self, item: Item) -> None:
+        """The loop has ended and the response goes on: what it did not use goes back."""
+        self.ahead.remove(item)
+        self.kv.truncate(item.before)
+
     def _place(self, item: Item) -> Item:
         """Take the KV slots of an item's rows; CapacityError leaves the sequence as it was."""
         item.position, item.before, item.planned = self.kv.position, self.kv.end, self.clock()
-        item.slots = self.kv.extend(len(item.ids))
+        item.slots = self.kv.extend(len(item.ids) + item.reserve)[: len(item.ids)]
         return item
 
     def plan_clip(self, tokens: Tensor) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from ..decoder import StepRows
 from ..mel import MelState, log_mel, mel_chunk
 from ..text import banned_tokens
 from .kv_cache import KVCache
+
+if TYPE_CHECKING:
+    from .reply import Replies
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,10 @@ class Runner(Protocol):
     def depth(self) -> int:
         """How many steps may be on their way when the next one is planned, and that one included."""
 
+    @property
+    def replies(self) -> Replies | None:
+        """Replies without the host, where the runner has them."""
+
     def open(self, slot: int) -> None:
         """A fresh stream in a state slot."""
 
@@ -106,6 +113,7 @@ class EagerRunner:
     """Op by op, on the model's device."""
 
     depth = 1
+    replies: Replies | None = None
 
     def __init__(self, model: Model, cache: KVCache, decisions: DecisionState, mel: MelState) -> None:
         self.model = model

@@ -77,7 +77,7 @@ def build(items: list[Item]) -> StepBatch:
         slots=np.concatenate([item.slots for item in items]),
         row_starts=np.array(starts, dtype=np.int32),
         block_table=np.array([t + [0] * (width - len(t)) for t in tables], dtype=np.int32),
-        kv_lens=np.array([item.stream.kv.kv_len for item in items], dtype=np.int32),
+        kv_lens=np.array([item.stream.kv.kv_len - item.reserve for item in items], dtype=np.int32),
         gaps=np.array([item.stream.kv.gap for item in items], dtype=np.int32),
         audio_rows=np.concatenate([*spans, np.empty(0, dtype=np.int64)]),
         audio=[tokens for _, tokens in audio],

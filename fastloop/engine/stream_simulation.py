@@ -63,6 +63,13 @@ class SimulatedStreams:
         self.log.append(Entry("synchronize", HOST, event))
         self._advance(self._events.get(event, 0.0))
 
+    def done(self, event: str) -> bool:
+        self._advance(self._now + self._random.expovariate(2.0))
+        over = self._events.get(event, 0.0) <= self._now
+        if over:  # who has seen that it is over knows what it knows
+            self.log.append(Entry("synchronize", HOST, event))
+        return over
+
     def host(self, name: str, work: Work, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> None:
         self.log.append(Entry("host", HOST, name, tuple(reads), tuple(writes)))
         self._advance(self._now + self._random.expovariate(2.0))

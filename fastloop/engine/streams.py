@@ -44,6 +44,9 @@ class Streams(Protocol):
     def synchronize(self, event: str) -> None:
         """The host waits for the event."""
 
+    def done(self, event: str) -> bool:
+        """Whether the event is over; nothing is awaited."""
+
     def host(self, name: str, work: Work, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> None:
         """The host's own work on buffers, now."""
 
@@ -61,6 +64,9 @@ class HostStreams:
     def wait(self, stream: str, event: str) -> None: ...
 
     def synchronize(self, event: str) -> None: ...
+
+    def done(self, event: str) -> bool:
+        return True
 
     def host(self, name: str, work: Work, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> None:
         work()
@@ -94,6 +100,9 @@ class CudaStreams:
     def synchronize(self, event: str) -> None:
         if event in self._events:
             self._events[event].synchronize()
+
+    def done(self, event: str) -> bool:
+        return event not in self._events or self._events[event].query()
 
     def host(self, name: str, work: Work, reads: Sequence[str] = (), writes: Sequence[str] = ()) -> None:
         work()
@@ -182,3 +191,15 @@ def collect(streams: Streams, turn: int, read: Work) -> None:
     """Wait for the step submitted in this turn and read its result."""
     streams.synchronize(f"decoded {turn}")
     streams.host("read ring", read, reads=[f"ring {turn}"])
+
+
+def reply(streams: Streams, fill: Work, upload: Work, run: Work) -> None:
+    """A whole response as one launch: it hands over its tokens as it draws them. One at a time."""
+    streams.host("fill reply", fill, writes=["reply staging"])
+    streams.launch(COPY, "upload reply", upload, reads=["reply staging"], writes=["reply inputs"])
+    streams.record(COPY, "reply copied")
+    streams.wait(DECODE, "reply copied")
+    streams.launch(
+        DECODE, "reply", run, reads=["reply inputs", *STATE], writes=["reply inputs", *STATE, "reply ring"]
+    )
+    streams.record(DECODE, "replied")

@@ -58,6 +58,8 @@ class Clock:
 class Device:
     """A runner that computes nothing: a step takes `step_s` and `row_s` for each row, one after another."""
 
+    replies = None
+
     def __init__(self, clock: Clock, depth: int, step_s: float = 0.002, row_s: float = 1e-5) -> None:
         self.clock, self.depth, self.step_s, self.row_s = clock, depth, step_s, row_s
         self.free = 0.0
