@@ -34,7 +34,7 @@ def test_the_whole_program_without_a_gpu(tmp_path: Path) -> None:
     logs = {name: s.get("log", s.get("problems")) for name, s in sections.items() if s["status"] != "ok"}
     assert code == 0 and not logs, logs
     assert set(sections) == set(load().SECTIONS)
-    for name in ("ops", "steps", "batches", "rivals"):
+    for name in ("ops", "steps", "engine", "batches", "rivals"):
         assert sections[name]["lines"], name
         for line in sections[name]["lines"]:
             assert (line["median_us"] > 0 and line["name"] in table) or line["name"][:45] in table

@@ -1,4 +1,4 @@
-"""The tests that need a GPU: every Triton kernel against its definition in float64, and the ops' own."""
+"""The tests that need a GPU: every Triton kernel against its definition in float64, the ops', the engine's."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .machine import ROOT
 from .record import Context, Record
 
 WORKERS = 8
+ENGINE = ("streams", "captured_runner", "captured_perceive", "reply")  # those with graphs and streams of CUDA
 
 
 def run(context: Context, record: Record) -> None:
@@ -19,6 +20,7 @@ def run(context: Context, record: Record) -> None:
     suites = {
         "triton": ["tests/triton", "-m", "not slow", "--ignore=tests/triton/test_resources.py"],
         "ops": ["tests/ops", "-m", "gpu", "--continue-on-collection-errors"],
+        "engine": [*(f"tests/engine/test_{name}.py" for name in ENGINE), "-k", "cuda"],
     }
     if context.dry:
         suites = {"triton": ["tests/triton/test_layer_norm.py", "tests/triton/test_tuning.py"]}
