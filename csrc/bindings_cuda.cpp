@@ -1,31 +1,9 @@
 // fastloop._native.cuda: csrc/include/fastloop_cuda.h, call by call; device addresses and streams are integers.
 #include <string>
 
-#include "bindings.h"
-#include "fastloop_cuda.h"
+#include "bindings_cuda.h"
 
 namespace {
-
-using Address = std::uintptr_t;
-
-struct CudaModule {
-    struct Deleter {
-        void operator()(fastloop_cuda_module* module) const { fastloop_cuda_module_destroy(module); }
-    };
-    std::unique_ptr<fastloop_cuda_module, Deleter> handle;
-
-    CudaModule(int device, const py::bytes& image) {
-        const std::string bytes = image;
-        fastloop_cuda_module_params p{};
-        p.struct_size = sizeof p;
-        p.device = device;
-        p.image = bytes.data();
-        p.image_bytes = bytes.size();
-        fastloop_cuda_module* made = nullptr;
-        call(fastloop_cuda_module_create, &p, &made);
-        handle.reset(made);
-    }
-};
 
 // One call of linear, described, so that its workspace can be asked for before it is launched.
 struct Linear {
@@ -33,7 +11,8 @@ struct Linear {
 
     Linear(const CudaModule& module, std::size_t rows, std::size_t in, std::size_t out_rows, Address x, std::size_t x_stride,
            Address weight, std::size_t weight_stride, Address bias, int epilogue, bool gated, Address residual,
-           std::size_t residual_stride, Address out, std::size_t out_stride, int splits) {
+           std::size_t residual_stride, Address out, std::size_t out_stride, int splits, int weight_format, Address scale,
+           std::size_t group) {
         p.struct_size = sizeof p;
         p.module = module.handle.get();
         p.rows = rows;
@@ -51,6 +30,9 @@ struct Linear {
         p.out = pointer<void>(out);
         p.out_stride = out_stride;
         p.splits = splits;
+        p.weight_format = weight_format;
+        p.scale = pointer<const void>(scale);
+        p.group = group;
     }
 
     std::size_t workspace() const {
@@ -99,12 +81,13 @@ void bind_cuda(py::module_& m) {
         .def(py::init<int, const py::bytes&>(), py::arg("device"), py::arg("image"));
     py::class_<Linear>(cuda, "Linear", "fastloop_cuda_linear_params: one call of linear; its module must outlive it.")
         .def(py::init<const CudaModule&, std::size_t, std::size_t, std::size_t, Address, std::size_t, Address, std::size_t,
-                      Address, int, bool, Address, std::size_t, Address, std::size_t, int>(),
+                      Address, int, bool, Address, std::size_t, Address, std::size_t, int, int, Address, std::size_t>(),
              py::keep_alive<1, 2>(), py::arg("module"), py::arg("rows"), py::arg("in_"), py::arg("out_rows"), py::arg("x"),
              py::arg("x_stride"), py::arg("weight"), py::arg("weight_stride"), py::arg("bias"), py::arg("epilogue"),
              py::arg("gated"), py::arg("residual"), py::arg("residual_stride"), py::arg("out"), py::arg("out_stride"),
-             py::arg("splits") = 0)
+             py::arg("splits") = 0, py::arg("weight_format") = 0, py::arg("scale") = 0, py::arg("group") = 0)
         .def_property_readonly("workspace_bytes", &Linear::workspace)
         .def("launch", &Linear::launch, py::arg("workspace"), py::arg("workspace_bytes"), py::arg("dependent"),
              py::arg("stream"), "Start it on a stream.");
+    bind_cuda_ops(cuda);
 }

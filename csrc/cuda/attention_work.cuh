@@ -7,13 +7,12 @@
 #pragma once
 
 #include "intrinsics.cuh"
+#include "paged_attention.h"
 
 namespace fastloop {
 
-constexpr int kThreads = 256;
-constexpr int kStep = 64;         // slots
-constexpr int kTallRows = 128;    // packed rows of a tile of many
-constexpr int kFlatRows = 16;     // of a tile of few
+constexpr int kThreads = ATTENTION_THREADS, kStep = ATTENTION_STEP;
+constexpr int kTallRows = ATTENTION_TALL_ROWS, kFlatRows = ATTENTION_FLAT_ROWS;
 constexpr int kLeastFlatSteps = 2;  // what one round of copies holds (AttentionTensor's ring)
 
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }

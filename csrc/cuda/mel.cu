@@ -13,6 +13,8 @@
 // Why this version: the clamp needs the loudest of all frames of a stream, so one block has them all: no second kernel, no
 // scratch in memory, the same bits in any batch. One stream is bound by latency (one processor works); a thousand by the
 // processors' shared memory.
+#include "mel.h"
+
 #include "intrinsics.cuh"
 
 namespace fastloop {
@@ -20,10 +22,10 @@ namespace {
 
 constexpr int kFft = 400, kHop = 160, kColumns = 201, kTail = 360;
 constexpr int kLookahead = kFft / 2 - kHop;  // edge "wait": the stream is so far ahead
-constexpr int kWarps = 14, kThreads = 32 * kWarps;
+constexpr int kThreads = MEL_THREADS, kWarps = kThreads / 32;
 constexpr int kFrames = 3 * kWarps;                       // transformed between two loads of samples
 constexpr int kSpan = (kFrames - 1) * kHop + kFft;        // samples they reach over
-constexpr int kBins = 256, kHeldBins = 128, kWeights = 2048;  // the most bins; those of frames, weights in shared memory
+constexpr int kHeldBins = 128, kWeights = 2048;            // of frames, and weights of filters, in shared memory
 constexpr int kFar = 1024;                                // so many samples before are as good as any more
 constexpr int kHalf = 100;                                // columns k and 200 - k are made together
 
@@ -49,12 +51,12 @@ struct Shared {
     float power[kWarps][208];
     float y[kFrames * kHeldBins];
     float weights[kWeights];  // of the filters, where they are not zero
-    int starts[kBins];        // where a filter's begin
+    int starts[MEL_BINS];        // where a filter's begin
     int weight_count;
     Complex twiddle[25];      // e^(-2 pi i b c / 25) at [5 c + b]
     float loud[2][kWarps];
 };
-static_assert(sizeof(Shared) <= 100 * 1024, "two blocks share a processor of sm_90");
+static_assert(sizeof(Shared) <= MEL_SHARED_BYTES, "two blocks share a processor of sm_90");
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
 #define FASTLOOP_MEL_BLOCKS 1
 #else
@@ -215,11 +217,7 @@ __device__ __forceinline__ float loudest_of_block(const float* loud) {
 }  // namespace
 }  // namespace fastloop
 
-// pcm_stride in elements; columns: frames that are transformed, the previous call's last one in front where edge is "reflect"
-// (wait = 0). frames [streams, columns - (1 - wait), bins].
-extern "C" __global__ void __launch_bounds__(448, FASTLOOP_MEL_BLOCKS)
-    mel(const float* pcm, const long long* slots, float* tail, float* peak, long long* seen, const float* filters,
-        const int* bands, float* frames, long long pcm_stride, int samples, int bins, int wait, int running) {
+extern "C" __global__ void __launch_bounds__(448, FASTLOOP_MEL_BLOCKS) mel(const __grid_constant__ fastloop::MelParams p) {
     using namespace fastloop;
     FASTLOOP_SHARED(Shared, shared);
     Shared& s = *shared;
@@ -229,14 +227,16 @@ extern "C" __global__ void __launch_bounds__(448, FASTLOOP_MEL_BLOCKS)
     if (thread < 25) s.twiddle[thread] = turn(thread / 5 * (thread % 5), 25);
     let_next_kernel_start();
     wait_for_previous_kernel();
-    gather_filters(s, filters, bands, bins);
+    gather_filters(s, p.filters, p.bands, p.bins);
 
-    const long long slot = slots[blockIdx.x], start = seen[slot];
-    float* const own_tail = tail + slot * kTail;
-    const Stream stream{pcm + blockIdx.x * pcm_stride, own_tail, samples, static_cast<int>(min(start, static_cast<long long>(kFar)))};
-    const int fresh = samples / kHop, extra = wait ? 0 : 1, columns = fresh + extra;
-    const int lead = wait ? kTail - kHop + kLookahead : kTail;  // how far in front of the call's samples a frame begins
-    float* const out = frames + static_cast<long long>(blockIdx.x) * fresh * bins;
+    const long long slot = p.slots[blockIdx.x], start = p.seen[slot];
+    float* const own_tail = p.tail + slot * kTail;
+    const int before = static_cast<int>(min(start, static_cast<long long>(kFar)));
+    const Stream stream{p.pcm + blockIdx.x * p.pcm_stride, own_tail, p.samples, before};
+    const int bins = p.bins, fresh = p.samples / kHop;
+    const int extra = p.wait ? 0 : 1, columns = fresh + extra;  // the previous call's last frame comes first
+    const int lead = p.wait ? kTail - kHop + kLookahead : kTail;  // how far in front of the call's samples a frame begins
+    float* const out = p.frames + static_cast<long long>(blockIdx.x) * fresh * bins;
     float* const y = fresh <= kFrames && bins <= kHeldBins ? s.y : out;
     const bool gathered = s.weight_count <= kWeights;
 
@@ -249,13 +249,13 @@ extern "C" __global__ void __launch_bounds__(448, FASTLOOP_MEL_BLOCKS)
         __syncthreads();
         for (int f = warp; f < count; f += kWarps) {
             const int column = first + f;
-            if (!wait && column == 0 && start == 0) continue;  // there was no previous call
+            if (!p.wait && column == 0 && start == 0) continue;  // there was no previous call
             float* const power = s.power[warp];
             transform(s.samples + padded(f * kHop), own, s.twiddle, s.z[warp], power, lane);
-            const bool last = !wait && column == columns - 1;
+            const bool last = !p.wait && column == columns - 1;
             for (int c = lane; c < bins; c += 32) {
-                const int low = bands[2 * c], high = bands[2 * c + 1];
-                const float* const weights = gathered ? s.weights + s.starts[c] : filters + c * kColumns + low;
+                const int low = p.bands[2 * c], high = p.bands[2 * c + 1];
+                const float* const weights = gathered ? s.weights + s.starts[c] : p.filters + c * kColumns + low;
                 float sum = 0;
                 for (int k = low; k < high; ++k) sum += weights[k - low] * power[k];
                 const float value = log10f(sum < 1e-10f ? 1e-10f : sum);
@@ -274,16 +274,16 @@ extern "C" __global__ void __launch_bounds__(448, FASTLOOP_MEL_BLOCKS)
         s.loud[0][warp] = loud;
         s.loud[1][warp] = provisional;
     }
-    const int kept = samples + thread;  // in the tail and this call's samples, one behind the other
+    const int kept = p.samples + thread;  // in the tail and this call's samples, one behind the other
     const float sample = thread >= kTail ? 0.0f : kept < kTail ? own_tail[kept] : stream.pcm[kept - kTail];
-    float top = peak[slot];
+    float top = p.peak[slot];
     __syncthreads();  // all of the state is read, and all logarithms are there
-    if (running) {
+    if (p.running) {
         const float final_peak = louder(loudest_of_block(s.loud[0]), top);
-        if (thread == 0) peak[slot] = final_peak;
+        if (thread == 0) p.peak[slot] = final_peak;
         top = louder(loudest_of_block(s.loud[1]), final_peak);
     }
     if (thread < kTail) own_tail[thread] = sample;
-    if (thread == 0) seen[slot] = start + samples;
+    if (thread == 0) p.seen[slot] = start + p.samples;
     for (int i = thread; i < fresh * bins; i += kThreads) out[i] = (louder(y[i], top - 8.0f) + 4.0f) * 0.25f;
 }

@@ -10,6 +10,8 @@
 // Why this version: one launch for every context and every mix of listeners and speakers, without a second kernel: the
 // lengths are read on the device, no block has more steps than another, and the last block of a tile adds its pieces up in
 // a fixed order, so equal inputs give equal bits. float32 queries are multiplied as such, without tensor cores.
+#include "paged_attention.h"
+
 #include "attention_work.cuh"
 
 namespace fastloop {
@@ -18,8 +20,14 @@ namespace {
 constexpr int kRing = 4;  // steps of keys and values in shared memory
 constexpr float kLog2E = 1.4426950408889634f;
 
-// Where the launch's tensors are. Pages [P, page, G, head]; parts, scales, arrived: see Parts.
+// The launch's tensors, by their types.
 template <class T, class P> struct Tensors {
+    __device__ explicit Tensors(const AttentionParams& p)
+        : q(static_cast<const T*>(p.q)), k_pages(static_cast<const P*>(p.k_pages)), v_pages(static_cast<const P*>(p.v_pages)),
+          block_table(p.block_table), row_starts(p.row_starts), kv_lens(p.kv_lens), gaps(p.gaps), out(static_cast<T*>(p.out)),
+          sums(p.sums), scales(p.scales), arrived(p.arrived), sequences(p.sequences), heads(p.heads), head(p.head),
+          page(p.page), table_stride(p.table_stride), scale(p.scale * kLog2E) {}
+
     const T* q;
     const P* k_pages;
     const P* v_pages;
@@ -440,18 +448,10 @@ template <class T, class P, int kHead> __device__ void attend_all(const Tensors<
 }  // namespace
 }  // namespace fastloop
 
-// table_stride in elements; sums [2 blocks, G, 128, head], scales [2 blocks, G, 128, 2] float32, arrived [blocks, G] zeros
-// before the first launch, and after every one.
-#define FASTLOOP_PAGED_ATTENTION(name, T, P, kHead)                                                                     \
-    extern "C" __global__ void __launch_bounds__(256, 1) name(                                                          \
-        const T* q, const P* k_pages, const P* v_pages, const int* block_table, const int* row_starts, const int* kv_lens, \
-        const int* gaps, T* out, float* sums, float* scales, unsigned* arrived, int sequences, int heads, int head,     \
-        int page, int table_stride, float scale) {                                                                      \
-        FASTLOOP_SHARED(unsigned char, ring);                                                                           \
-        const fastloop::Tensors<T, P> tensors{q,    k_pages, v_pages, block_table, row_starts, kv_lens, gaps, out, sums, \
-                                              scales, arrived, sequences, heads, head, page, table_stride,              \
-                                              scale * fastloop::kLog2E};                                                \
-        fastloop::attend_all<T, P, kHead>(tensors, ring);                                                               \
+#define FASTLOOP_PAGED_ATTENTION(name, T, P, kHead)                                                                 \
+    extern "C" __global__ void __launch_bounds__(256, 1) name(const __grid_constant__ fastloop::AttentionParams params) { \
+        FASTLOOP_SHARED(unsigned char, ring);                                                                       \
+        fastloop::attend_all<T, P, kHead>(fastloop::Tensors<T, P>(params), ring);                                   \
     }
 
 FASTLOOP_PAGED_ATTENTION(paged_attention_bf16_bf16_64, fastloop::bf16, fastloop::bf16, 64)

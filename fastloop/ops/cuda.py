@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..config import HOP_SAMPLES
+from ..quantise import Quantised
 from .cuda_images import architecture, image
 from .decide import _check as check_decide
 from .dispatch import BackendError, Limits, Op
@@ -60,8 +61,8 @@ class Gpu:
     def workspace(self, op: str, size: int) -> Tensor | None:
         """Zeros, which kernels leave as zeros where it matters (their counters); None for no bytes.
 
-        Calls of an op on one stream follow each other, so they share it; another op would not find zeros where its
-        counters are. A capture gets its own, zeroed by the graph: several graphs may be replayed at once.
+        Calls of an op on one stream follow each other, so they share it; another op would not find zeros
+        where its counters are. A capture gets its own, zeroed by the graph: several may be replayed at once.
         """
         if size == 0:
             return None
@@ -123,12 +124,58 @@ def linear_cuda(
     splits: ranges of the depth that blocks sum apart, for tuning; 0 leaves it to the size of the device.
     """
     width = check_linear(x, weight, bias, epilogue, residual)
-    home = gpu_of("linear", x=x, weight=weight, bias=bias, residual=residual)
+    weight = rows_of(weight)
+    return _linear(x, weight, width, bias, epilogue, residual, splits=splits)
+
+
+def linear_quantised_cuda(
+    x: Tensor,
+    weight: Quantised,
+    bias: Tensor | None = None,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
+    splits: int = 0,
+) -> Tensor:
+    """`linear_cuda` with weights in float8_e4m3fn (a scale per channel, D a multiple of 16) or int4 (a scale per
+    channel and group), which are widened to bfloat16 on their way into the products; x is not quantised.
+    """
+    values, scale, group = weight.values, weight.scale, weight.group
+    wanted = torch.uint8 if group else torch.float8_e4m3fn
+    if values.dtype != wanted:
+        raise TypeError(
+            f"linear: backend 'cuda' takes weights in float8_e4m3fn, or int4 in uint8; got {values.dtype} with "
+            f"group {group}"
+        )
+    shape = (len(values), weight.shape[1] // group) if group else (len(values),)
+    if tuple(scale.shape) != shape or scale.dtype != (torch.bfloat16 if group else torch.float32):
+        raise ValueError(
+            f"linear: scale {scale.dtype} {tuple(scale.shape)} does not fit weights of {weight.shape}"
+        )
+    ghost = torch.empty(weight.shape, dtype=x.dtype, device="meta")  # what the weights stand for
+    width = check_linear(x, ghost, bias, epilogue, residual)
+    values, scale = values.contiguous(), scale.contiguous()
+    return _linear(x, values, width, bias, epilogue, residual, scale, 2 if group else 1, group, splits)
+
+
+def _linear(
+    x: Tensor,
+    weight: Tensor,
+    width: int,
+    bias: Tensor | None,
+    epilogue: str,
+    residual: Tensor | None,
+    scale: Tensor | None = None,
+    weight_format: int = 0,
+    group: int = 0,
+    splits: int = 0,
+) -> Tensor:
+    """weight_format: fastloop_cuda_weights of csrc/include/fastloop_cuda.h."""
+    home = gpu_of("linear", x=x, weight=weight, bias=bias, residual=residual, scale=scale)
     if x.dtype != torch.bfloat16:
         raise TypeError(
             f"linear: backend 'cuda' takes torch.bfloat16, got {x.dtype}; convert it with .bfloat16()"
         )
-    x, weight = rows_of(x), rows_of(weight)
+    x = rows_of(x)
     bias = None if bias is None else bias.contiguous()
     residual = None if residual is None else rows_of(residual)
     y = x.new_empty(x.shape[0], width)
@@ -149,6 +196,9 @@ def linear_cuda(
         out=address(y),
         out_stride=width,
         splits=splits,
+        weight_format=weight_format,
+        scale=address(scale),
+        group=group,
     )
     workspace = home.workspace("linear", call.workspace_bytes)
     call.launch(
@@ -276,9 +326,9 @@ def decide_cuda(
     policy: Tensor,
     state: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """`decide_ref` on a GPU (csrc/cuda/decide.cu): x [R, D], norm_weight [D], head [2, D] of float32, bfloat16
-    or float16, slots int64 [R], policy float32 [Z, 3], state int32 [Z, 2] (changed in place) -> p(respond)
-    float32 [R], decision int32 [R]. In float64, logits are not rounded to x's dtype.
+    """`decide_ref` on a GPU (csrc/cuda/decide.cu): x [R, D], norm_weight [D], head [2, D] of float32,
+    bfloat16 or float16, slots int64 [R], policy float32 [Z, 3], state int32 [Z, 2] (changed in place) ->
+    p(respond) float32 [R], decision int32 [R]. In float64, logits are not rounded to x's dtype.
     """
     check_decide(x, norm_weight, head, slots, policy, state)
     home = gpu_of("decide", x=x, norm_weight=norm_weight, head=head, slots=slots, policy=policy, state=state)

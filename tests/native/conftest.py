@@ -20,7 +20,7 @@ from fastloop.testing.selfcheck import compare
 HERE = Path(__file__).parent
 
 
-def load(name: str, folder: Path = HERE) -> ModuleType:
+def load_module(name: str, folder: Path = HERE) -> ModuleType:
     """A module of this folder, which is no package."""
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
@@ -31,8 +31,14 @@ def load(name: str, folder: Path = HERE) -> ModuleType:
 
 
 @pytest.fixture(scope="session")
+def load() -> Callable[[str], ModuleType]:
+    """`load(name)`: a module of this folder."""
+    return load_module
+
+
+@pytest.fixture(scope="session")
 def emulation() -> ModuleType:
-    module = load("emulation", HERE / "cuda_emulation")
+    module = load_module("emulation", HERE / "cuda_emulation")
     if module.compiler() is None:
         pytest.skip("no C++ compiler")
     return module
@@ -46,7 +52,7 @@ def libraries() -> dict[str, Any]:
 
 @pytest.fixture
 def kernels(emulation: ModuleType, libraries: dict[str, Any]) -> Any:
-    return load("cuda_kernels").Kernels(emulation, libraries=libraries)
+    return load_module("cuda_kernels").Kernels(emulation, libraries=libraries)
 
 
 @pytest.fixture

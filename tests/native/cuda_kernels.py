@@ -82,10 +82,11 @@ class Kernels:
         (streams, samples), bins = pcm.shape, len(filters)
         frames = poisoned(streams, samples // 160, bins)
         modes = EDGES.index(edge), 1 - CLAMPS.index(clamp)
-        self.launch(
-            "mel", [streams], 448, pcm, slots, tail, peak, seen, filters, bands, frames, pcm.stride(0),
-            samples, bins, *modes, shared=100 * 1024,
+        params = struct(
+            "PPPPPPPPqiiii", pcm, slots, tail, peak, seen, filters, bands, frames, pcm.stride(0), samples,
+            bins, *modes,
         )  # fmt: skip
+        self.launch("mel", [streams], 448, params, shared=100 * 1024)
         return frames
 
     def paged_attention(
@@ -103,11 +104,11 @@ class Kernels:
         arrived = torch.zeros(self.blocks, groups, dtype=torch.int32)
         out = poisoned(*q.shape, dtype=q.dtype)
         kernel = f"paged_attention_{NAMES[q.dtype]}_{NAMES[k_pages.dtype]}_{64 if head <= 64 else 128}"
-        self.launch(
-            kernel, [self.blocks, groups], 256, q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps,
-            out, sums, scales, arrived, len(kv_lens), heads, head, page, block_table.stride(0), head**-0.5,
-            shared=128 * 1024,
+        params = struct(
+            "PPPPPPPPPPPiiiiif", q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps, out, sums,
+            scales, arrived, len(kv_lens), heads, head, page, block_table.stride(0), head**-0.5,
         )  # fmt: skip
+        self.launch(kernel, [self.blocks, groups], 256, params, shared=128 * 1024)
         assert not arrived.any()
         return out
 
