@@ -1,4 +1,4 @@
-"""The tests that need a GPU: every Triton kernel against its definition in float64, the ops', the engine's."""
+"""The tests that need a GPU: every Triton kernel against its definition in float64, ops', the engine's."""
 
 from __future__ import annotations
 

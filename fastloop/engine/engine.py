@@ -15,32 +15,30 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Model, load
-from ..config import ConfigError
 from ..decision import DecisionState
 from ..errors import CapacityError, FastloopError
 from ..events import Event
 from ..mel import MelState
 from ..options import EngineConfig, SessionConfig
 from ..text import prefix_ids
-from . import perceive, scheduler, snapshot
-from .admission import COHORT_S, ORDERS, start_at
+from . import perceive, snapshot
+from .admission import COHORT_S, start_at
 from .buckets import SPARE_STREAMS
 from .kv_cache import KVCache, KVSequence, pages_for
 from .memory import MemoryPlan, memory_plan, session_pages
-from .protocol import LISTENING, Item, Stream
-from .reply import REPLY_TOKENS, Replies
+from .protocol import LISTENING, Stream
 from .runner import Runner
 from .runners import kv_dtype, kv_layout, make_runner
 from .sequences import Sequences, StepItem
 from .session import Session
 from .stats import Counters
+from .steps import Steps
 
 
 @dataclass
@@ -75,9 +73,7 @@ class Engine:
         slots = self.config.max_sessions + 2 * SPARE_STREAMS  # as above, for captured perception
         self._mel = MelState.empty(slots, device=model.device)
         self.runner = runner or make_runner(self.config, model, self.cache, self._decisions, self._mel)
-        self._reply: Item | None = None  # on its way: a response that the device goes through by itself
-        if self.config.single_stream:
-            self._require_replies(self.runner.replies)
+        self._steps = Steps(self)
         self._sessions: dict[int, Session] = {}
         self.cache.order = lambda name, work: self.runner.prepare(name, work)
         self._sequences = Sequences(self)
@@ -85,10 +81,6 @@ class Engine:
         self._free_slots = list(range(self.config.max_sessions - 1, -1, -1))
         self._next_id = 0
         self._closing: set[Session] = set()
-        # Each step on its way, the oldest first: its items, and when the call began that submitted it.
-        self._ahead: deque[tuple[list[Item], float]] = deque()
-        self._begun = self._collected = 0.0  # when the last call of `step` began, and when it had results
-        self._step_s = 0.0  # what a step takes about
         self._closing_lock = threading.Lock()
         self._step_lock = threading.Lock()
         self.work = threading.Event()  # set when there may be something to do
@@ -253,14 +245,14 @@ class Engine:
                     f"Engine.step: the engine has failed: {self._failure}; open another engine"
                 )
             self.work.clear()
-            self._begun = self.clock()
+            begun = self.clock()
             try:
-                work = perceive.perceive(self) + self._decode()
+                work = perceive.perceive(self) + self._steps.advance(begun)
             except Exception as error:
                 self._fall(error)
                 raise
             if work:
-                self.counters.step_seconds.append(self.clock() - self._begun)
+                self.counters.step_seconds.append(self.clock() - begun)
         self._reap()
         return work
 
@@ -274,7 +266,7 @@ class Engine:
             cohort_s = COHORT_S if self.runner.depth > 1 else 0.0
         with self._step_lock:
             now = self.clock()
-            if not cohort_s or self._ahead or self._reply is not None:
+            if not cohort_s or self._steps.busy:
                 return now
             found = [(stream, stream.waiting or stream.unheard) for stream in self._streams()]
         waiting = [w for _, w in found if w is not None]
@@ -301,116 +293,17 @@ class Engine:
         """
         return self._sequences.step(items, max_steps)
 
-    def _decode(self) -> int:
-        """Submit the next step; collect the oldest one where there is no next, or no place for more."""
-        if self._reply is not None:
-            return self._follow_reply(self._reply)
-        if self.config.single_stream and self._begin_reply():
-            return 1
-        begun = self._submit()
-        if self._ahead and (not begun or len(self._ahead) >= self._depth):
-            return begun + self._collect()
-        return begun
-
-    @staticmethod
-    def _require_replies(replies: Replies | None) -> Replies:
-        """The runner's replies; ConfigError where it has none."""
-        why = "only the captured runner replays a reply as one graph" if replies is None else replies.refusal
-        if replies is None or why:
-            raise ConfigError(f"EngineConfig.single_stream: {why}; leave it False")
-        return replies
-
-    def _begin_reply(self) -> bool:
-        """Let the device go through the response of the only session there is, if it has come to one."""
-        replies = self._require_replies(self.runner.replies)
-        if self._ahead or len(self._sessions) != 1:
-            return False
-        [stream] = self._streams()
-        if stream.waiting is None or (item := stream.plan_reply(REPLY_TOKENS)) is None:
-            return False
-        try:
-            replies.submit(scheduler.build([item]), 1 + item.reserve)
-        except BaseException:
-            stream.undo(item)
-            raise
-        stream.ahead.append(item)
-        self._reply = item
-        self.counters.steps += 1
-        return True
-
-    def _follow_reply(self, item: Item) -> int:
-        """Take the tokens that have come; whoever needs the device, or ends the response, ends the loop."""
-        replies = self._require_replies(self.runner.replies)
-        item.stream.follow_cancel()
-        if item.void or len(self._sessions) != 1:
-            replies.stop()
-        tokens, over = replies.read()
-        for token in tokens:
-            if not item.void:
-                item.stream.commit_reply(item, token)
-                self.counters.text_tokens += 1
-                self.counters.rows += 1
-        if over:
-            self._reply = None
-            if not item.void:
-                item.stream.end_reply(item)
-        return 1
-
-    @property
-    def _depth(self) -> int:
-        return self.runner.depth if self.config.ahead else 1
-
-    def _submit(self) -> int:
-        """Plan and submit one step; returns the number of its sequences."""
-        order = ORDERS[self.config.admission]
-        seconds = self._step_s * (1 + self._depth) / 2  # those on their way come first
-        items = scheduler.plan(self._streams(), self.config.max_step_rows, order, self.clock(), seconds)
-        if not items:
-            return 0
-        try:
-            self.runner.submit(scheduler.build(items))
-        except BaseException:
-            for item in items:
-                item.stream.undo(item)
-            raise
-        for item in items:
-            item.stream.ahead.append(item)
-        self._ahead.append((items, self._begun))
-        self.counters.rows += sum(len(item.ids) for item in items)
-        self.counters.steps += 1
-        return len(items)
-
-    def _collect(self) -> int:
-        """Take the results of the oldest step on its way; returns the number of its sequences."""
-        result = self.runner.collect()
-        items, begun = self._ahead.popleft()
-        decided, tokens = scheduler.commit(items, result)
-        now = self.clock()
-        self._step_s, self._collected = now - max(begun, self._collected), now
-        self.counters.latency_seconds.extend(now - chunk.arrived for chunk in decided)
-        self.counters.chunks += len(decided)
-        self.counters.text_tokens += tokens
-        return len(items)
-
     def _collect_all(self) -> None:
-        """Take the results of all steps on their way. A step that fails ends the engine, as in `step`."""
+        """Take the results of everything on its way. A step that fails ends the engine, as in `step`."""
         try:
-            while self._ahead:
-                self._collect()
-            while self._reply is not None:
-                self._require_replies(self.runner.replies).stop()
-                self._follow_reply(self._reply)
+            self._steps.collect_all()
         except Exception as error:
             self._fall(error)
             raise
 
     def _fall(self, error: Exception) -> None:
-        """The engine cannot go on. What was on its way has no results; the sessions give back their pages."""
         self._failure = f"{type(error).__name__}: {error}"
-        self._ahead.clear()
-        self._reply = None
-        for stream in self._streams():
-            stream.retract()
+        self._steps.drop()
 
     def _streams(self) -> list[Stream]:
         return [session.stream for session in list(self._sessions.values())]

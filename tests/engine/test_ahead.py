@@ -86,7 +86,7 @@ def test_ahead_says_what_the_plain_loop_says(
     engine = engine_of(model, sessions, streams)
     for got, script in zip(run_engine(engine, scripts), scripts, strict=True):
         check_equal(got, expected(model, script))
-    assert released(engine) and not engine._ahead
+    assert released(engine) and not engine._steps.busy
     assert hazards(streams.log, INITIAL) == []
 
 
@@ -166,7 +166,7 @@ def test_whatever_happens_to_a_session_with_steps_on_their_way(
     act(engine, talker, other)
     engine.check()
     if engine.health()["status"] == "draining":
-        assert released(engine) and not engine._ahead
+        assert released(engine) and not engine._steps.busy
         return
     fresh = [
         Script(SessionConfig(policy=DecisionPolicy(0.0, min_gap_s=1.0), seed=i), random_sound(2.0, seed=i))
@@ -196,7 +196,7 @@ def test_a_snapshot_has_what_was_on_its_way(model: Model) -> None:
     engine, talker, _ = in_flight(model)
     before = talker.stream.spoken
     twin = engine.restore(talker.snapshot())
-    assert not engine._ahead and talker.stream.spoken > before
+    assert not engine._steps.busy and talker.stream.spoken > before
     talker.push(random_sound(1.2, seed=5))
     twin.push(random_sound(1.2, seed=5))
     engine.run_until_idle()

@@ -124,7 +124,7 @@ def test_a_loop_of_the_device_says_what_the_plain_loop_says(
     got = run_engine(engine, [script])[0]
     check_equal(got, expected(model, script))
     engine.check()
-    assert engine.cache.allocator.used == 0 and engine._reply is None
+    assert engine.cache.allocator.used == 0 and not engine._steps.busy
     assert hazards(streams.log, INITIAL) == []
 
 
@@ -141,7 +141,7 @@ def test_one_launch_is_a_whole_reply(model: Model) -> None:
 
 
 def test_a_long_reply_is_several_loops(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastloop.engine.engine.REPLY_TOKENS", 7)
+    monkeypatch.setattr("fastloop.engine.steps.REPLY_TOKENS", 7)
     engine = engine_of(model)
     begun = replies(engine)
     session = engine.open(TALKS)
@@ -200,7 +200,7 @@ def test_a_session_that_is_closed_or_joined_during_the_loop(model: Model) -> Non
         engine = engine_of(model, streams)
         session = engine.open(TALKS)
         session.push(random_sound(0.4))
-        while engine._reply is None:
+        while engine._steps._reply is None:
             engine.step()
         if act == "close":
             session.close()
@@ -220,10 +220,10 @@ def test_a_snapshot_during_the_loop_waits_for_its_end(model: Model) -> None:
     engine = engine_of(model, BlockingStreams(1))
     session = engine.open(TALKS)
     session.push(random_sound(0.4))
-    while engine._reply is None:
+    while engine._steps._reply is None:
         engine.step()
     twin = engine.restore(session.snapshot())
-    assert engine._reply is None
+    assert not engine._steps.busy
     engine.run_until_idle()
     want = expected(model, Script(TALKS, random_sound(0.4)))
     check_equal(session.poll(), want)
