@@ -33,6 +33,16 @@ __device__ __forceinline__ float exp2_fast(float x) { return exp2f(x); }
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool real) {
     cuda_emulation::cp_async(to, from, 16, real ? 16 : 0);
 }
+// a b + c of two bf16 at a time, rounded once.
+__device__ __forceinline__ unsigned fma_bf16x2(unsigned a, unsigned b, unsigned c) {
+    unsigned both = 0;
+    for (int s = 0; s < 32; s += 16) {
+        const auto part = [s](unsigned x) { return double(cuda_emulation::widen_bf16(static_cast<uint16_t>(x >> s))); };
+        const float sum = static_cast<float>(part(a) * part(b) + part(c));  // exact but for what bf16 cannot hold either
+        both |= static_cast<unsigned>(cuda_emulation::narrow_bf16(sum)) << s;
+    }
+    return both;
+}
 // Of the 16 bytes only the first `read` come from memory, the others are zero.
 __device__ __forceinline__ void copy_async_16_part(void* to, const void* from, int read) {
     cuda_emulation::cp_async(to, from, 16, read);
@@ -92,6 +102,12 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
 __device__ __forceinline__ void copy_async_16(void* to, const void* from, bool real) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(real ? 16 : 0)
                  : "memory");
+}
+// a b + c of two bf16 at a time, rounded once.
+__device__ __forceinline__ unsigned fma_bf16x2(unsigned a, unsigned b, unsigned c) {
+    unsigned both;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(both) : "r"(a), "r"(b), "r"(c));
+    return both;
 }
 // Of the 16 bytes only the first `read` come from memory, the others are zero.
 __device__ __forceinline__ void copy_async_16_part(void* to, const void* from, int read) {

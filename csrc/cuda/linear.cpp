@@ -11,7 +11,7 @@ namespace fastloop::cuda {
 namespace {
 
 constexpr const char* WHERE = "cuda_linear";
-constexpr size_t LEAST_STEPS = 2;  // of a split: stages of 64 inputs
+constexpr size_t LEAST_STEPS = 2;  // of a split: stages of the ring
 constexpr size_t MOST_WGMMA = 8;   // blocks of a cluster that every GPU of sm_90 takes
 constexpr size_t MOST_MMA = 16;
 constexpr size_t COUNTERS = 4096;  // at the front of a workspace, however many are used: so that calls of all sizes share it
@@ -34,8 +34,11 @@ unsigned choose_splits(size_t tiles, size_t steps, size_t processors, size_t mos
     return static_cast<unsigned>(splits);
 }
 
+bool plain(const fastloop_cuda_linear_params& p) { return p.weight_format == FASTLOOP_CUDA_WEIGHTS_BFLOAT16; }
+
 bool aligned(const fastloop_cuda_linear_params& p) {
-    return multiple(p.x, 16) && multiple(p.weight, 16) && p.weight_stride % 8 == 0 && (p.rows <= 1 || p.x_stride % 8 == 0);
+    const bool weights = !plain(p) || (multiple(p.weight, 16) && p.weight_stride % 8 == 0);
+    return weights && multiple(p.x, 16) && (p.rows <= 1 || p.x_stride % 8 == 0);
 }
 
 bool paired(const fastloop_cuda_linear_params& p, size_t width) {
@@ -44,6 +47,22 @@ bool paired(const fastloop_cuda_linear_params& p, size_t width) {
 }
 
 size_t width_of(const fastloop_cuda_linear_params& p) { return p.gated ? p.out_rows / 2 : p.out_rows; }
+
+// Weights that are widened on their way: whole pieces of 16 bytes, and their scales.
+void check_quantised(const fastloop_cuda_linear_params& p) {
+    const bool int4 = p.weight_format == FASTLOOP_CUDA_WEIGHTS_INT4;
+    if (!int4 && p.weight_format != FASTLOOP_CUDA_WEIGHTS_FLOAT8)
+        fail(FASTLOOP_BAD_ARGUMENT, "%s: weight_format is %d", WHERE, p.weight_format);
+    if (int4 && p.group != 32 && p.group != 64)
+        fail(FASTLOOP_BAD_ARGUMENT, "%s: groups of %zu; 32 and 64 are known", WHERE, p.group);
+    const size_t by = int4 ? p.group : 16;
+    if (p.in % by) fail(FASTLOOP_BAD_ARGUMENT, "%s: %zu inputs are no multiple of %zu", WHERE, p.in, by);
+    need(WHERE, "weight", p.weight, 16);
+    need(WHERE, "scale", p.scale, int4 ? 2 : 4);
+    if (p.weight_stride % 16 || p.weight_stride < (int4 ? p.in / 2 : p.in))
+        fail(FASTLOOP_BAD_ARGUMENT, "%s: rows of weight are %zu bytes apart; a multiple of 16 and no less than a row is "
+             "needed", WHERE, p.weight_stride);
+}
 
 void check(const fastloop_cuda_linear_params& p) {
     const size_t width = width_of(p);
@@ -56,12 +75,16 @@ void check(const fastloop_cuda_linear_params& p) {
     if (p.epilogue != FASTLOOP_NONE && (p.gated || p.epilogue != FASTLOOP_GELU))
         fail(FASTLOOP_BAD_ARGUMENT, "%s: epilogue %d%s", WHERE, p.epilogue, p.gated ? " of gated weights" : "");
     need(WHERE, "x", p.x, 2);
-    need(WHERE, "weight", p.weight, 2);
+    if (plain(p)) {
+        need(WHERE, "weight", p.weight, 2);
+        apart(WHERE, "weight", p.out_rows, p.in, p.weight_stride);
+    } else {
+        check_quantised(p);
+    }
     need(WHERE, "out", p.out, 2);
     if (p.bias != nullptr) need(WHERE, "bias", p.bias, 2);
     if (p.residual != nullptr) need(WHERE, "residual", p.residual, 2);
     apart(WHERE, "x", p.rows, p.in, p.x_stride);
-    apart(WHERE, "weight", p.out_rows, p.in, p.weight_stride);
     apart(WHERE, "out", p.rows, width, p.out_stride);
     if (p.residual != nullptr) apart(WHERE, "residual", p.rows, width, p.residual_stride);
     addressable(WHERE, "x", p.rows, p.x_stride, 2);
@@ -72,11 +95,11 @@ void check(const fastloop_cuda_linear_params& p) {
 
 Plan plan(const fastloop_cuda_linear_params& p, const Device& device) {
     Plan made{};
-    made.wgmma = device.major == 9 && aligned(p);
+    made.wgmma = device.major == 9 && plain(p) && aligned(p);
     made.row_block = p.rows <= 8 ? 8 : p.rows <= 16 ? 16 : p.rows <= 32 ? 32 : 64;
     made.tiles = static_cast<unsigned>(up(width_of(p), p.gated ? LINEAR_CHANNELS / 2 : LINEAR_CHANNELS));
     made.row_blocks = static_cast<unsigned>(up(p.rows, made.row_block));
-    const size_t steps = up(p.in, LINEAR_DEPTH), most = made.wgmma ? MOST_WGMMA : MOST_MMA;
+    const size_t steps = up(p.in, static_cast<size_t>(linear_depth(p.weight_format))), most = made.wgmma ? MOST_WGMMA : MOST_MMA;
     const size_t blocks = static_cast<size_t>(made.tiles) * made.row_blocks;
     if (p.splits < 0 || static_cast<size_t>(p.splits) > most)
         fail(FASTLOOP_BAD_ARGUMENT, "%s: splits is %d, at most %zu are", WHERE, p.splits, most);
@@ -97,6 +120,7 @@ LinearParams kernel_params(const fastloop_cuda_linear_params& p, const Plan& pla
     LinearParams k{};
     k.x = p.x;
     k.weight = p.weight;
+    k.scale = p.scale;
     k.bias = p.bias;
     k.residual = p.residual;
     k.out = p.out;
@@ -111,22 +135,27 @@ LinearParams kernel_params(const fastloop_cuda_linear_params& p, const Plan& pla
     k.rows = static_cast<int>(p.rows);
     k.depth = static_cast<int>(p.in);
     k.width = static_cast<int>(width_of(p));
+    k.format = p.weight_format;
+    k.group = static_cast<int>(p.group);
     k.epilogue = p.gated ? LINEAR_GATE : p.epilogue == FASTLOOP_GELU ? LINEAR_GELU : LINEAR_NONE;
     k.splits = static_cast<int>(plan.splits);
     k.aligned = aligned(p);
+    k.scales_aligned = p.group == 32 && p.in % 256 == 0 && multiple(p.scale, 16);
     k.paired = paired(p, width_of(p));
     return k;
 }
 
 TensorMap map_of(const char* what, const void* address, size_t rows, size_t width, size_t stride, unsigned box_rows) {
     return tensor_map((std::string(WHERE) + ": " + what).c_str(),
-                      {TensorType::BFLOAT16, 2, address, rows, width, stride * 2, box_rows, LINEAR_DEPTH, Swizzle::BYTES_128});
+                      {TensorType::BFLOAT16, 2, address, rows, width, stride * 2, box_rows,
+                       static_cast<unsigned>(linear_depth(LINEAR_BF16)), Swizzle::BYTES_128});
 }
 
 void launch(Module& module, const fastloop_cuda_linear_params& p, const Plan& plan) {
     const int rows = static_cast<int>(plan.row_block);
     const LinearParams k = kernel_params(p, plan);
-    const std::string name = (plan.wgmma ? "linear_wgmma_" : "linear_mma_") + std::to_string(rows);
+    static const char* const NAMES[] = {"linear_mma_", "linear_e4m3_", "linear_int4_"};
+    const std::string name = (plan.wgmma ? "linear_wgmma_" : NAMES[p.weight_format]) + std::to_string(rows);
     Shape shape{};
     shape.dependent = p.dependent != 0 && module.device().major >= 9;
     if (plan.wgmma) {
@@ -139,7 +168,7 @@ void launch(Module& module, const fastloop_cuda_linear_params& p, const Plan& pl
         module.launch(name.c_str(), shape, p.stream, weight, x, k);
     } else {
         shape = {{plan.tiles, plan.row_blocks, plan.splits}, LINEAR_MMA_THREADS,
-                 static_cast<unsigned>(linear_mma_shared(rows)), 1, shape.dependent};
+                 static_cast<unsigned>(linear_mma_shared(rows, p.weight_format)), 1, shape.dependent};
         module.launch(name.c_str(), shape, p.stream, k);
     }
 }

@@ -136,15 +136,15 @@ def linear_quantised_cuda(
     residual: Tensor | None = None,
     splits: int = 0,
 ) -> Tensor:
-    """`linear_cuda` with weights in float8_e4m3fn (a scale per channel, D a multiple of 16) or int4 (a scale per
-    channel and group), which are widened to bfloat16 on their way into the products; x is not quantised.
+    """`linear_cuda` with weights in float8_e4m3fn (a scale per channel, D a multiple of 16) or int4 (a scale
+    per channel and group), which are widened to bfloat16 on their way into the products; x is not quantised.
     """
     values, scale, group = weight.values, weight.scale, weight.group
     wanted = torch.uint8 if group else torch.float8_e4m3fn
     if values.dtype != wanted:
         raise TypeError(
-            f"linear: backend 'cuda' takes weights in float8_e4m3fn, or int4 in uint8; got {values.dtype} with "
-            f"group {group}"
+            "linear: backend 'cuda' takes weights in float8_e4m3fn, or int4 in uint8; "
+            f"got {values.dtype} with group {group}"
         )
     shape = (len(values), weight.shape[1] // group) if group else (len(values),)
     if tuple(scale.shape) != shape or scale.dtype != (torch.bfloat16 if group else torch.float32):

@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 
 from fastloop.ops import cuda
-from fastloop.ops.cuda import linear_cuda
-from fastloop.ops.linear import EPILOGUES
+from fastloop.ops.cuda import linear_cuda, linear_quantised_cuda
+from fastloop.ops.linear import EPILOGUES, linear_ref
 from fastloop.ops.native import native, reason
+from fastloop.quantise import Quantised, quantise_int4
 from fastloop.testing.assertions import bits, seeded
 from fastloop.testing.implementations import Implementation
 from fastloop.testing.op_cases import Case, linear_case
 from fastloop.testing.selfcheck import compare
+from fastloop.testing.tolerance import error_bound, relative_error
 
 pytestmark = [
     pytest.mark.skipif(native is None, reason=reason),
@@ -172,13 +174,116 @@ def test_no_rows(gpu: Any, driver: Any) -> None:
     assert not driver.launches()
 
 
+def quantised(weight: Tensor, kind: str) -> Quantised:
+    if kind == "float8":
+        scale = weight.float().abs().amax(1) / torch.finfo(torch.float8_e4m3fn).max
+        return Quantised((weight / scale[:, None]).to(torch.float8_e4m3fn), scale)
+    group = int(kind.removeprefix("int4 in "))
+    return Quantised(*quantise_int4(weight, group), group)
+
+
+def meant(weight: Quantised) -> Tensor:
+    """The weights that they stand for, in bfloat16: int4 times its scale is rounded to that in the kernel."""
+    return weight.dequantised().to(BF16)
+
+
+every_kind = pytest.mark.parametrize("kind", ["float8", "int4 in 32", "int4 in 64"])
+
+
+@every_kind
+@every_epilogue
+@pytest.mark.parametrize("rows", [1, 13, 20, 64])
+@pytest.mark.parametrize(("width_in", "width_out"), [(64, 40), (64 * 13, 300), (1024, 130)])
+def test_quantised_weights(
+    gpu: Any, driver: Any, kind: str, epilogue: str, rows: int, width_in: int, width_out: int
+) -> None:
+    """To the definition as near as bfloat16 allows, on the weights that the quantised ones stand for."""
+    driver.device(8, processors=4)
+    sizes = {"rows": rows, "width_in": width_in, "width_out": width_out, "epilogue": epilogue}
+    a = case_of(**sizes).arguments
+    weight = quantised(a.pop("weight"), kind)
+    out = linear_quantised_cuda(weight=weight, **a)
+    truth = weight.dequantised().double()
+    wide = {name: v.double() if isinstance(v, Tensor) else v for name, v in a.items()}
+    expected = linear_ref(**wide | {"weight": truth})
+    plain = linear_ref(**a | {"weight": meant(weight)})
+    assert relative_error(out, expected) <= error_bound(plain, expected, BF16)
+    name = "linear_e4m3_" if kind == "float8" else "linear_int4_"
+    assert driver.launches()[0]["launch"] == name + str(next(n for n in (8, 16, 32, 64) if rows <= n))
+
+
+def test_every_float8_is_widened_exactly(gpu: Any, driver: Any) -> None:
+    """All 254 numbers, subnormal ones and both zeros, out of a row of weights times the identity."""
+    bytes_ = torch.tensor([b for b in range(256) if b & 0x7F != 0x7F] + [0, 0], dtype=torch.uint8)
+    values = torch.stack((bytes_, bytes_.flip(0))).view(torch.float8_e4m3fn)
+    weight = Quantised(values, torch.ones(2))
+    y = linear_quantised_cuda(torch.eye(256, dtype=BF16), weight)
+    assert torch.equal(y, values.float().T.to(BF16))
+
+
+def test_every_int4_is_widened_exactly(gpu: Any, driver: Any) -> None:
+    """All sixteen, at every place of a group, with scales of two groups."""
+    nibbles = (torch.arange(64)[None, :] * 5 + torch.arange(16)[:, None]) % 16
+    packed = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).to(torch.uint8)
+    scale = torch.tensor([[1.0, 0.5]]).expand(16, 2).to(BF16).contiguous()
+    y = linear_quantised_cuda(torch.eye(64, dtype=BF16), Quantised(packed, scale, 32))
+    expected = (nibbles - 8.0) * torch.tensor([1.0] * 32 + [0.5] * 32)
+    assert torch.equal(y, expected.T.to(BF16))
+
+
+@every_kind
+def test_quantised_split_depth_in_any_order(gpu: Any, driver: Any, kind: str) -> None:
+    driver.device(9)
+    a = case_of(rows=9, width_in=64 * 13, width_out=200, epilogue="silu_gate").arguments
+    weight = quantised(a.pop("weight"), kind)
+    first = linear_quantised_cuda(weight=weight, **a, splits=1)
+    results = []
+    for seed in range(3):
+        driver.seed(seed)
+        results.append(linear_quantised_cuda(weight=weight, **a, splits=3))
+    assert relative_error(results[0], first) <= torch.finfo(BF16).eps
+    assert all(torch.equal(bits(result), bits(results[0])) for result in results)
+
+
+@pytest.mark.parametrize(
+    ("values", "scale", "group", "message"),
+    [
+        (
+            torch.zeros(8, 64, dtype=torch.int8),
+            torch.ones(8),
+            0,
+            "float8_e4m3fn, or int4 in uint8; got torch.int8",
+        ),
+        (torch.zeros(8, 32, dtype=torch.int8), torch.ones(8, 2), 32, "got torch.int8 with group 32"),
+        (
+            torch.zeros(8, 64, dtype=torch.float8_e4m3fn),
+            torch.ones(9),
+            0,
+            r"scale torch.float32 \(9,\) does not fit",
+        ),
+        (torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 2), 32, "scale torch.float32 .* does not fit"),
+        (torch.zeros(8, 24, dtype=torch.float8_e4m3fn), torch.ones(8), 0, "24 inputs are no multiple of 16"),
+        (
+            torch.zeros(8, 32, dtype=torch.uint8),
+            torch.ones(8, 4, dtype=BF16),
+            16,
+            "groups of 16; 32 and 64 are",
+        ),
+    ],
+)
+def test_bad_quantised_weights(gpu: Any, values: Tensor, scale: Tensor, group: int, message: str) -> None:
+    weight = Quantised(values, scale, group)
+    with pytest.raises((TypeError, ValueError), match=message):
+        linear_quantised_cuda(torch.zeros(2, weight.shape[1], dtype=BF16), weight)
+
+
 def fields_of(launch: dict[str, Any], parameter: int, layout: str) -> tuple[Any, ...]:
     return struct.unpack_from(layout, bytes.fromhex(launch["parameters"][parameter]))
 
 
 MAP = "<QQQQQIIII"  # cuda_emulation/tensor_map.h
 COUNTERS = 16_384  # bytes in front of a workspace's sums
-PARAMS = "<QQQQQQQqqqqiiiiiii"  # csrc/cuda/linear.h
+PARAMS = "<QQQQQQQQqqqqiiiiiiiiii"  # csrc/cuda/linear.h
 
 
 def test_what_is_launched_on_sm_90(gpu: Any, driver: Any) -> None:
@@ -201,8 +306,8 @@ def test_what_is_launched_on_sm_90(gpu: Any, driver: Any) -> None:
     assert weight[1:] == (a["weight"].data_ptr(), 512, 512, 1024, 64, 64, 2, 3)
     assert x[1:] == (a["x"].data_ptr(), 512, 13, 1024, 64, 16, 2, 3)
     found = fields_of(launch, 2, PARAMS)
-    assert found[:5] == (a["x"].data_ptr(), a["weight"].data_ptr(), 0, 0, y.data_ptr())
-    assert found[7:] == (512, 512, 0, 256, 13, 512, 256, 2, 4, 1, 1)
+    assert found[:6] == (a["x"].data_ptr(), a["weight"].data_ptr(), 0, 0, 0, y.data_ptr())
+    assert found[8:] == (512, 512, 0, 256, 13, 512, 256, 0, 0, 2, 4, 1, 0, 1)
 
 
 def test_what_is_launched_on_sm_80(gpu: Any, driver: Any) -> None:
@@ -216,7 +321,7 @@ def test_what_is_launched_on_sm_80(gpu: Any, driver: Any) -> None:
     assert launch["shared"] == 4 * (128 + 16) * 128
     assert gpu.asked == [COUNTERS + 4 * 4 * 16 * 128 * 4]
     found = fields_of(launch, 0, PARAMS)
-    assert found[5] == found[6] + COUNTERS == gpu.kept["linear"].data_ptr() + COUNTERS
+    assert found[6] == found[7] + COUNTERS == gpu.kept["linear"].data_ptr() + COUNTERS
     assert not gpu.kept["linear"][:COUNTERS].any()  # left as they were
 
 

@@ -86,6 +86,8 @@ def test_two_blocks_of_linear_fit_into_a_processor(arch: str, folder: Path) -> N
     """One loads while the other one ends: registers and the rings of csrc/cuda/linear.h allow it."""
     for kernel, registers in compiled("linear", arch, folder).registers.items():
         _, kind, rows = kernel.split("_")
+        if kind not in ("wgmma", "mma"):
+            continue  # small weights beside many rows of x: one block is enough
         if kind == "wgmma":
             threads, stages, barriers = 160, {"64": 4, "32": 5}.get(rows, 6), 16
         else:
@@ -101,7 +103,8 @@ def test_linear_uses_what_it_was_written_for(folder: Path) -> None:
     old, new = (compiled("linear", arch, folder) for arch in ARCHITECTURES)
     if not new.code:
         pytest.skip("no cuobjdump: triton is not installed")
-    assert set(old.registers) == {f"linear_mma_{rows}" for rows in (8, 16, 32, 64)}
+    kinds = ("mma", "e4m3", "int4")
+    assert set(old.registers) == {f"linear_{kind}_{rows}" for kind in kinds for rows in (8, 16, 32, 64)}
     assert set(new.registers) == set(old.registers) | {f"linear_wgmma_{rows}" for rows in (8, 16, 32, 64)}
     for rows in (8, 16, 32, 64):
         code = new.instructions(f"linear_wgmma_{rows}")
