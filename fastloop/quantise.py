@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 GROUPS = (32, 64)
+PIECE_VALUES = 1 << 22  # of a weight that are quantised at a time
 SEARCHED = torch.linspace(0.85, 1.0, 6)  # factors of the plain int4 scale that are tried
 
 
@@ -90,12 +91,25 @@ def dequantise_int4(packed: Tensor, scale: Tensor) -> Tensor:
     return ((nibbles.float() - 8) * scale.float()[..., None]).view(outputs, -1)
 
 
+def _in_pieces(quantise: Callable[[Tensor], tuple[Tensor, Tensor]], weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Some channels at a time, each for itself: a vocabulary's head in float32, times a few, is gigabytes."""
+    outputs, step = len(weight), max(1, PIECE_VALUES // weight.shape[1])
+    values, scale = quantise(weight[:step])
+    if outputs <= step:
+        return values, scale
+    wholes = [part.new_empty(outputs, *part.shape[1:]) for part in (values, scale)]
+    for first in range(0, outputs, step):
+        for whole, part in zip(wholes, quantise(weight[first : first + step]), strict=True):
+            whole[first : first + step] = part
+    return wholes[0], wholes[1]
+
+
 def _int8(weight: Tensor, group: int = GROUPS[0]) -> Quantised:
-    return Quantised(*quantise_int8(weight))
+    return Quantised(*_in_pieces(quantise_int8, weight))
 
 
 def _int4(weight: Tensor, group: int = GROUPS[0]) -> Quantised:
-    return Quantised(*quantise_int4(weight, group), group)
+    return Quantised(*_in_pieces(lambda piece: quantise_int4(piece, group), weight), group)
 
 
 QUANTISERS: dict[str, Callable[..., Quantised]] = {"int8": _int8, "int4": _int4}  # (weight, group)

@@ -10,10 +10,12 @@ checked against the size of the file. Source: the format's specification (huggin
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import mmap
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,7 @@ from .files import CheckpointError, parse_json, quote
 Shape = tuple[int, ...]
 
 MAX_HEADER_BYTES = 16 << 20  # the header of the 3B model is 0.1 MB
+_MADV_PAGEOUT = 21  # of Linux 5.4 and newer
 ALIGNMENT = 64  # where the data starts: a cache line
 PIECE_VALUES = 1 << 18  # values read or checked at a time: 1 MB of float32
 DTYPES = {
@@ -127,6 +130,21 @@ def map_tensors(file: BinaryIO, entries: Mapping[str, Entry]) -> dict[str, Tenso
         flat = torch.frombuffer(mapped, dtype=entry.dtype, count=math.prod(entry.shape), offset=entry.start)
         tensors[name] = flat.view(entry.shape)
     return tensors
+
+
+def release(tensor: Tensor) -> None:
+    """Tell the system that a mapped tensor will not be read soon, so that its pages leave memory.
+
+    They come back from the file when they are read; pages that were written to stay. A hint: where it cannot
+    be given, and for tensors with memory of torch's own, nothing happens.
+    """
+    storage = tensor.untyped_storage()
+    if not sys.platform.startswith("linux") or tensor.device.type != "cpu" or storage.resizable():
+        return
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if length > 0 and tensor.is_contiguous():
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), _MADV_PAGEOUT)
 
 
 def read_tensor(

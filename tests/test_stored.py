@@ -18,6 +18,7 @@ from fastloop.ops.native import native, reason
 from fastloop.options import EngineConfig
 from fastloop.quantise import (
     GROUPS,
+    QUANTISERS,
     dequantise_int4,
     dequantise_int8,
     quantise_int4,
@@ -78,6 +79,16 @@ def test_int4_takes_the_best_of_its_scales(seed: int, groups: int, group: int) -
     safe = torch.where(plain_scale == 0, torch.ones_like(plain_scale), plain_scale)
     rounded = ((parts / safe).round().clamp(-8, 7) * plain_scale).view_as(weight)
     assert (kept - weight).square().sum() <= (rounded - weight).square().sum() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("outputs", [1, 4, 5, 11])
+def test_pieces_are_the_whole(precision: str, outputs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(outputs, 64, generator=torch.Generator().manual_seed(outputs))
+    whole = QUANTISERS[precision](weight)
+    monkeypatch.setattr("fastloop.quantise.PIECE_VALUES", 4 * 64)
+    pieces = QUANTISERS[precision](weight)
+    assert torch.equal(pieces.values, whole.values) and torch.equal(pieces.scale, whole.scale)
 
 
 def test_int4_refuses_what_groups_do_not_fit() -> None:

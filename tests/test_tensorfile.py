@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fastloop.tensorfile import (
     map_tensors,
     read_header,
     read_tensor,
+    release,
     write_tensors,
 )
 
@@ -72,6 +74,32 @@ def test_what_we_write_the_formats_own_library_reads(tmp_path: Path) -> None:
     for name, value in held.items():
         assert torch.equal(other[name], value) and torch.equal(read[name], value)
         assert value.numel() == 0 or torch.equal(mapped[name], value)
+
+
+def resident(name: str) -> int:
+    """Bytes of this process that are in memory: RssFile of files, RssAnon of its own."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a hint that Linux takes")
+def test_released_memory_comes_back_from_the_file(tmp_path: Path) -> None:
+    """What was written to stays; memory of torch's own is left alone."""
+    path, count = tmp_path / "x.safetensors", 8 << 20
+    held = torch.randn(count, generator=torch.Generator().manual_seed(1))
+    write_tensors(path, {"a": (torch.float32, (count,))}, [held])
+    with path.open("rb") as file:
+        mapped = map_tensors(file, read_header(file, str(path)))["a"]
+    assert torch.equal(mapped, held)
+    mapped[5] = 77.0
+    before = resident("RssFile")
+    release(mapped)
+    assert resident("RssFile") <= before - 3 * count  # of 4 bytes each
+    assert mapped[5] == 77.0 and torch.equal(mapped[6:], held[6:])
+    release(mapped[1:2])  # less than a page
+    before = resident("RssAnon")
+    release(held)
+    assert abs(resident("RssAnon") - before) < count and torch.equal(mapped[6:], held[6:])
 
 
 @pytest.mark.parametrize(

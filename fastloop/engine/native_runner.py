@@ -24,6 +24,7 @@ from ..decision import DecisionState
 from ..mel import MelState
 from ..ops.native import address, pack, require_native
 from ..quantise import Quantised
+from ..tensorfile import release
 from .kv_cache import KVCache
 from .runner import EagerRunner, StepBatch, StepResult
 
@@ -78,6 +79,8 @@ class PackedModel:
         """weight [O, D] -> its packed form, which is kept. Rows [gate; up] where gated."""
         packed = pack(weight, precision, gated)
         self._kept.append(packed)
+        for source in (weight.values, weight.scale) if isinstance(weight, Quantised) else (weight,):
+            release(source)  # or a checkpoint that is mapped would stand in memory twice
         return packed
 
     def _vector(self, values: Tensor) -> int:
