@@ -53,14 +53,13 @@ def _images() -> dict[str, subprocess.Popen[str]]:
     """Compilers of the CUDA kernels for this GPU, one for each op; they leave what they make in the cache."""
     import torch
 
-    from fastloop.ops.cuda import KERNELS
-    from fastloop.ops.cuda_images import architecture
+    from fastloop.ops.cuda_images import architecture, source_folder
 
     arch = architecture(*torch.cuda.get_device_capability())
     command = [sys.executable, "-m", "fastloop.ops.cuda_images", "--arch", arch, "--out", os.devnull]
     return {
         op: subprocess.Popen([*command, op], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        for op in KERNELS
+        for op in sorted(source.stem for source in source_folder().glob("*.cu"))
     }
 
 

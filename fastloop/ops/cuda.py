@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..config import HOP_SAMPLES
-from ..quantise import Quantised
 from .cuda_images import architecture, image
 from .decide import _check as check_decide
 from .dispatch import BackendError, Limits, Op
@@ -130,31 +129,34 @@ def linear_cuda(
 
 def linear_quantised_cuda(
     x: Tensor,
-    weight: Quantised,
+    values: Tensor,
+    scale: Tensor,
     bias: Tensor | None = None,
     epilogue: str = "none",
     residual: Tensor | None = None,
     splits: int = 0,
 ) -> Tensor:
-    """`linear_cuda` with weights in float8_e4m3fn (a scale per channel, D a multiple of 16) or int4 (a scale
-    per channel and group), which are widened to bfloat16 on their way into the products; x is not quantised.
+    """`linear_cuda` with weights that are widened to bfloat16 on their way into the products: values
+    float8_e4m3fn [O, D] with scale float32 [O], D a multiple of 16, or uint8 [O, D / 2] (two int4 in a byte)
+    with scale bfloat16 [O, D / 32] or [O, D / 64]. x is not quantised.
     """
-    values, scale, group = weight.values, weight.scale, weight.group
-    wanted = torch.uint8 if group else torch.float8_e4m3fn
-    if values.dtype != wanted:
+    int4 = values.dtype == torch.uint8
+    if not int4 and values.dtype != torch.float8_e4m3fn:
         raise TypeError(
-            "linear: backend 'cuda' takes weights in float8_e4m3fn, or int4 in uint8; "
-            f"got {values.dtype} with group {group}"
+            "linear_quantised: backend 'cuda' takes values in torch.float8_e4m3fn or two int4 in torch.uint8, "
+            f"got {values.dtype}"
         )
-    shape = (len(values), weight.shape[1] // group) if group else (len(values),)
-    if tuple(scale.shape) != shape or scale.dtype != (torch.bfloat16 if group else torch.float32):
-        raise ValueError(
-            f"linear: scale {scale.dtype} {tuple(scale.shape)} does not fit weights of {weight.shape}"
-        )
-    ghost = torch.empty(weight.shape, dtype=x.dtype, device="meta")  # what the weights stand for
+    outputs, inputs = values.shape[0], values.shape[1] * (2 if int4 else 1)
+    group = inputs // scale.shape[1] if int4 and scale.dim() == 2 and scale.shape[1] else 0
+    shape = (outputs, inputs // group) if group else (outputs,)
+    fits = tuple(scale.shape) == shape and bool(group) == int4 and inputs % max(group, 1) == 0
+    if not fits or scale.dtype != (torch.bfloat16 if int4 else torch.float32):
+        told = f"{scale.dtype} {tuple(scale.shape)}"
+        raise ValueError(f"linear_quantised: scale {told} does not fit weights of {(outputs, inputs)}")
+    ghost = torch.empty(outputs, inputs, dtype=x.dtype, device="meta")  # what the weights stand for
     width = check_linear(x, ghost, bias, epilogue, residual)
     values, scale = values.contiguous(), scale.contiguous()
-    return _linear(x, values, width, bias, epilogue, residual, scale, 2 if group else 1, group, splits)
+    return _linear(x, values, width, bias, epilogue, residual, scale, 2 if int4 else 1, group, splits)
 
 
 def _linear(
@@ -405,6 +407,10 @@ def _dtype(op: str, name: str, tensor: Tensor) -> int:
 
 KERNELS: dict[str, tuple[Callable[..., Any], Limits]] = {  # op -> its function, what that takes
     "linear": (linear_cuda, {"x": BFLOAT16}),
+    "linear_quantised": (
+        linear_quantised_cuda,
+        {"x": BFLOAT16, "values": (torch.float8_e4m3fn, torch.uint8)},
+    ),
     "mel": (mel_cuda, {"pcm": FLOAT32}),
     "paged_attention": (paged_attention_cuda, {"q": DTYPES[:3], "k_pages": DTYPES}),
     "decide": (decide_cuda, {"x": DTYPES[:3], "policy": FLOAT32}),

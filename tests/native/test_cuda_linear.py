@@ -202,7 +202,7 @@ def test_quantised_weights(
     sizes = {"rows": rows, "width_in": width_in, "width_out": width_out, "epilogue": epilogue}
     a = case_of(**sizes).arguments
     weight = quantised(a.pop("weight"), kind)
-    out = linear_quantised_cuda(weight=weight, **a)
+    out = linear_quantised_cuda(values=weight.values, scale=weight.scale, **a)
     truth = weight.dequantised().double()
     wide = {name: v.double() if isinstance(v, Tensor) else v for name, v in a.items()}
     expected = linear_ref(**wide | {"weight": truth})
@@ -216,8 +216,7 @@ def test_every_float8_is_widened_exactly(gpu: Any, driver: Any) -> None:
     """All 254 numbers, subnormal ones and both zeros, out of a row of weights times the identity."""
     bytes_ = torch.tensor([b for b in range(256) if b & 0x7F != 0x7F] + [0, 0], dtype=torch.uint8)
     values = torch.stack((bytes_, bytes_.flip(0))).view(torch.float8_e4m3fn)
-    weight = Quantised(values, torch.ones(2))
-    y = linear_quantised_cuda(torch.eye(256, dtype=BF16), weight)
+    y = linear_quantised_cuda(torch.eye(256, dtype=BF16), values, torch.ones(2))
     assert torch.equal(y, values.float().T.to(BF16))
 
 
@@ -226,7 +225,7 @@ def test_every_int4_is_widened_exactly(gpu: Any, driver: Any) -> None:
     nibbles = (torch.arange(64)[None, :] * 5 + torch.arange(16)[:, None]) % 16
     packed = (nibbles[:, 0::2] | nibbles[:, 1::2] << 4).to(torch.uint8)
     scale = torch.tensor([[1.0, 0.5]]).expand(16, 2).to(BF16).contiguous()
-    y = linear_quantised_cuda(torch.eye(64, dtype=BF16), Quantised(packed, scale, 32))
+    y = linear_quantised_cuda(torch.eye(64, dtype=BF16), packed, scale)
     expected = (nibbles - 8.0) * torch.tensor([1.0] * 32 + [0.5] * 32)
     assert torch.equal(y, expected.T.to(BF16))
 
@@ -236,45 +235,33 @@ def test_quantised_split_depth_in_any_order(gpu: Any, driver: Any, kind: str) ->
     driver.device(9)
     a = case_of(rows=9, width_in=64 * 13, width_out=200, epilogue="silu_gate").arguments
     weight = quantised(a.pop("weight"), kind)
-    first = linear_quantised_cuda(weight=weight, **a, splits=1)
+    first = linear_quantised_cuda(values=weight.values, scale=weight.scale, **a, splits=1)
     results = []
     for seed in range(3):
         driver.seed(seed)
-        results.append(linear_quantised_cuda(weight=weight, **a, splits=3))
+        results.append(linear_quantised_cuda(values=weight.values, scale=weight.scale, **a, splits=3))
     assert relative_error(results[0], first) <= torch.finfo(BF16).eps
     assert all(torch.equal(bits(result), bits(results[0])) for result in results)
 
 
+FLOAT8 = torch.float8_e4m3fn
+
+
 @pytest.mark.parametrize(
-    ("values", "scale", "group", "message"),
+    ("values", "scale", "message"),
     [
-        (
-            torch.zeros(8, 64, dtype=torch.int8),
-            torch.ones(8),
-            0,
-            "float8_e4m3fn, or int4 in uint8; got torch.int8",
-        ),
-        (torch.zeros(8, 32, dtype=torch.int8), torch.ones(8, 2), 32, "got torch.int8 with group 32"),
-        (
-            torch.zeros(8, 64, dtype=torch.float8_e4m3fn),
-            torch.ones(9),
-            0,
-            r"scale torch.float32 \(9,\) does not fit",
-        ),
-        (torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 2), 32, "scale torch.float32 .* does not fit"),
-        (torch.zeros(8, 24, dtype=torch.float8_e4m3fn), torch.ones(8), 0, "24 inputs are no multiple of 16"),
-        (
-            torch.zeros(8, 32, dtype=torch.uint8),
-            torch.ones(8, 4, dtype=BF16),
-            16,
-            "groups of 16; 32 and 64 are",
-        ),
+        (torch.zeros(8, 64, dtype=torch.int8), torch.ones(8), "two int4 in torch.uint8, got torch.int8"),
+        (torch.zeros(8, 64, dtype=FLOAT8), torch.ones(9), r"scale torch.float32 \(9,\) does not fit"),
+        (torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 2), "scale torch.float32 .* does not fit"),
+        (torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, dtype=BF16), r"bfloat16 \(8,\) does not fit"),
+        (torch.zeros(8, 24, dtype=FLOAT8), torch.ones(8), "24 inputs are no multiple of 16"),
+        (torch.zeros(8, 32, dtype=torch.uint8), torch.ones(8, 4, dtype=BF16), "groups of 16; 32 and 64 are"),
     ],
 )
-def test_bad_quantised_weights(gpu: Any, values: Tensor, scale: Tensor, group: int, message: str) -> None:
-    weight = Quantised(values, scale, group)
+def test_bad_quantised_weights(gpu: Any, values: Tensor, scale: Tensor, message: str) -> None:
+    inputs = values.shape[1] * (2 if values.dtype == torch.uint8 else 1)
     with pytest.raises((TypeError, ValueError), match=message):
-        linear_quantised_cuda(torch.zeros(2, weight.shape[1], dtype=BF16), weight)
+        linear_quantised_cuda(torch.zeros(2, inputs, dtype=BF16), values, scale)
 
 
 def fields_of(launch: dict[str, Any], parameter: int, layout: str) -> tuple[Any, ...]:
