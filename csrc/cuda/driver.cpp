@@ -45,6 +45,12 @@ std::string find_all(void* library, Driver& d) {
     FIND(cuKernelSetAttribute);
     FIND(cuLaunchKernelEx);
     FIND(cuTensorMapEncodeTiled);
+    std::string newer;
+#define FIND_NEWER(name) find(library, #name, d.name, newer)
+    FIND_NEWER(cuLibraryGetKernelCount);
+    FIND_NEWER(cuLibraryEnumerateKernels);
+    FIND_NEWER(cuFuncLoad);
+#undef FIND_NEWER
 #undef FIND
     return missing;
 }

@@ -79,6 +79,10 @@ struct Driver {
     Result (*cuTensorMapEncodeTiled)(TensorMap*, TensorType, uint32_t rank, void* address, const uint64_t* dims,
                                      const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
                                      int interleave, Swizzle, Promotion, int out_of_bounds_fill);
+    // Of 12.4 and newer; nullptr in older ones.
+    Result (*cuLibraryGetKernelCount)(unsigned*, Library);
+    Result (*cuLibraryEnumerateKernels)(Kernel*, unsigned count, Library);
+    Result (*cuFuncLoad)(Function);
 };
 
 // The driver, opened and initialised once; Error with FASTLOOP_UNSUPPORTED and the reason where there is none.

@@ -1,6 +1,7 @@
 #include "launch.h"
 
 #include <cstring>
+#include <vector>
 
 struct fastloop_cuda_module {
     fastloop::cuda::Module module;
@@ -66,9 +67,27 @@ Module::Module(int ordinal, const void* image) : device_(describe(ordinal)) {
     try {
         const Current current(device_.handle, primary_);
         must(d.cuLibraryLoadData(&library_, image, nullptr, nullptr, 0, nullptr, nullptr, 0), "cuLibraryLoadData");
+        load_code();
     } catch (...) {
+        if (library_ != nullptr) d.cuLibraryUnload(library_);
         d.cuDevicePrimaryCtxRelease_v2(device_.handle);
         throw;
+    }
+}
+
+// All kernels at once. A driver would load each with its first launch, and that may fall into a capture, where it is an
+// error: which kernel of an op runs depends on the number of rows.
+void Module::load_code() const {
+    const Driver& d = driver();
+    if (d.cuLibraryGetKernelCount == nullptr || d.cuLibraryEnumerateKernels == nullptr || d.cuFuncLoad == nullptr) return;
+    unsigned count = 0;
+    must(d.cuLibraryGetKernelCount(&count, library_), "cuLibraryGetKernelCount");
+    std::vector<Kernel> kernels(count);
+    must(d.cuLibraryEnumerateKernels(kernels.data(), count, library_), "cuLibraryEnumerateKernels");
+    for (const Kernel kernel : kernels) {
+        Function function = nullptr;
+        must(d.cuKernelGetFunction(&function, kernel), "cuKernelGetFunction");
+        must(d.cuFuncLoad(function), "cuFuncLoad");
     }
 }
 

@@ -2,8 +2,8 @@
 //
 // A module is the image of one csrc/cuda/X.cu (a cubin or a fat binary) on one device. Its kernels are found by name,
 // once; their attributes are set when a launch first needs them. A launch neither allocates on the device nor waits for
-// it, so it may be captured into a graph; the first launch of a kernel in a context loads its code, so call it once
-// before a capture, as one does with every CUDA library.
+// it, so it may be captured into a graph. Code is loaded with the module (under a driver before 12.4 with the first launch
+// of each kernel, which must come before a capture then).
 #pragma once
 
 #include <map>
@@ -74,6 +74,7 @@ class Module {
         bool wide_cluster = false;          // more than 8 blocks allowed
     };
 
+    void load_code() const;
     void start(const char* name, const Shape& shape, void* stream, void** parameters);
     Kernel prepared(const char* name, const Shape& shape);
 

@@ -3,12 +3,12 @@
  * The library links no CUDA: the driver (libcuda.so.1, 12.0 or newer) is opened with the first call here, and where there
  * is none every call returns FASTLOOP_UNSUPPORTED and says so. Kernels come as an image, one for each op: a fat binary
  * that the build made (fastloop/cuda_kernels/<op>-<key>.fatbin of the Python package), or a cubin that nvcc or NVRTC made
- * of csrc/cuda/<op>.cu; `python -m fastloop.ops.cuda <op>` writes one.
+ * of csrc/cuda/<op>.cu; `python -m fastloop.ops.cuda_images <op>` writes one.
  *
  * `stream` is a CUstream (a cudaStream_t is the same), NULL the default one. Pointers marked "device" are of the module's
- * device. Calls start work and return: they do not wait, do not allocate, and may be captured into a graph once
- * each op was called before. A context of the device is used if one is current, else its primary context, as the
- * CUDA runtime does.
+ * device. Calls start work and return: they do not wait, do not allocate, and may be captured into a graph (under a
+ * driver before 12.4 after a call of the same kind outside). A context of the device is used if one is current, else its
+ * primary context, as the CUDA runtime does.
  */
 #ifndef FASTLOOP_CUDA_H
 #define FASTLOOP_CUDA_H

@@ -137,13 +137,13 @@ def linear_quantised_cuda(
     splits: int = 0,
 ) -> Tensor:
     """`linear_cuda` with weights that are widened to bfloat16 on their way into the products: values
-    float8_e4m3fn [O, D] with scale float32 [O], D a multiple of 16, or uint8 [O, D / 2] (two int4 in a byte)
+    float8_e4m3fn [O, D] with scale float32 [O], D a multiple of 16, or uint8 [O, D / 2] (two int4 a byte)
     with scale bfloat16 [O, D / 32] or [O, D / 64]. x is not quantised.
     """
     int4 = values.dtype == torch.uint8
     if not int4 and values.dtype != torch.float8_e4m3fn:
         raise TypeError(
-            "linear_quantised: backend 'cuda' takes values in torch.float8_e4m3fn or two int4 in torch.uint8, "
+            "linear_quantised: backend 'cuda' takes torch.float8_e4m3fn or two int4 in torch.uint8, "
             f"got {values.dtype}"
         )
     outputs, inputs = values.shape[0], values.shape[1] * (2 if int4 else 1)
@@ -250,7 +250,7 @@ def mel_cuda(
         edge=EDGES.index(edge),
         clamp=CLAMPS.index(clamp),
         frames=address(frames),
-        dependent=False,
+        dependent=_dependent.get(),
         stream=home.stream(),
     )
     return frames
@@ -313,7 +313,7 @@ def paged_attention_cuda(
     call.launch(
         workspace=address(workspace),
         workspace_bytes=0 if workspace is None else workspace.numel(),
-        dependent=False,
+        dependent=_dependent.get(),
         stream=home.stream(),
     )
     return out
@@ -355,7 +355,7 @@ def decide_cuda(
         state=address(state),
         p_respond=address(p),
         decision=address(decision),
-        dependent=False,
+        dependent=_dependent.get(),
         stream=home.stream(),
     )
     return p, decision
@@ -390,7 +390,7 @@ def sample_cuda(
         logits_stride=logits.stride(0),
         banned=address(banned),
         tokens=address(tokens),
-        dependent=False,
+        dependent=_dependent.get(),
         stream=home.stream(),
         **{name: address(option) for name, option in zip(names, options, strict=True)},
     )

@@ -8,6 +8,7 @@
 #include <dlfcn.h>
 
 #include <cstdio>
+#include <cstdlib>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -218,6 +219,30 @@ PUBLIC Result cuKernelSetAttribute(KernelAttribute which, int value, Kernel kern
     note("{\"attribute\": " + std::to_string(static_cast<int>(which)) + ", \"value\": " + std::to_string(value) + "}");
     return answer("cuKernelSetAttribute");
 }
+
+PUBLIC Result cuLibraryGetKernelCount(unsigned* count, Library library) {
+    *count = reinterpret_cast<Image*>(library)->find != nullptr ? 0 : 2;
+    return answer("cuLibraryGetKernelCount");
+}
+PUBLIC Result cuLibraryEnumerateKernels(Kernel* kernels, unsigned count, Library library) {
+    for (unsigned i = 0; i < count; ++i) {
+        auto made = std::make_unique<FakeKernel>(FakeKernel{reinterpret_cast<Image*>(library), "kernel", {}});
+        kernels[i] = reinterpret_cast<Kernel>(made.get());
+        state.kernels.push_back(std::move(made));
+    }
+    return answer("cuLibraryEnumerateKernels");
+}
+PUBLIC Result cuFuncLoad(Function) {
+    note("{\"code\": " + std::to_string(contexts.empty() ? -1 : contexts.back()) + "}");
+    return answer("cuFuncLoad");
+}
+PUBLIC Result cuMemAllocManaged(uint64_t* address, size_t bytes, unsigned) {
+    if (contexts.empty()) return 201;
+    void* memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+    *address = reinterpret_cast<uintptr_t>(memory);
+    return memory != nullptr ? SUCCESS : 2;
+}
+PUBLIC Result cuCtxSynchronize() { return contexts.empty() ? 201 : SUCCESS; }
 
 // As a driver does: no context, more shared memory than was allowed, or a wide cluster that was not, is an error.
 PUBLIC Result cuLaunchKernelEx(const LaunchConfig* config, Function function, void** parameters, void** extra) {

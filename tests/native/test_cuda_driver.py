@@ -186,6 +186,20 @@ def test_a_module_gives_back_what_it_took(driver: Any) -> None:
     assert driver.counts() == (retained, loaded, current)
 
 
+def test_code_is_loaded_with_the_module(driver: Any) -> None:
+    """In a context of its device: a launch might be captured, and must not load. What fails is undone."""
+    assert native is not None
+    module = native.cuda.Module(1, NOTED)
+    assert driver.events() == [{"load": 1}, {"code": 1}, {"code": 1}]
+    before = driver.counts()
+    for call in ("cuLibraryGetKernelCount", "cuLibraryEnumerateKernels", "cuFuncLoad"):
+        driver.fail(call, 2)
+        with pytest.raises(RuntimeError, match=call):
+            native.cuda.Module(1, NOTED)
+    assert driver.counts() == before
+    del module
+
+
 def test_kernels_are_found_and_prepared_once(driver: Any) -> None:
     """Threads that start one kernel at the same time look it up once; so it is with its shared memory."""
     assert native is not None

@@ -60,7 +60,7 @@ def programs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("program", [*PROGRAMS, "example"])
+@pytest.mark.parametrize("program", [*PROGRAMS, "example", "example_cuda"])
 def test_nothing_is_found(programs: Path, program: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTLOOP_CPU_ISA", raising=False)
     ran = run([str(programs / program)], programs)
