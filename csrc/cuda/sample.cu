@@ -350,7 +350,7 @@ template <class T, int kShift> __device__ void sample_row(const SampleParams& p,
 }  // namespace fastloop
 
 #define FASTLOOP_SAMPLE(name, T, kShift)                                                                             \
-    extern "C" __global__ void __launch_bounds__(512) name(const __grid_constant__ fastloop::SampleParams params) {  \
+    extern "C" __global__ void __launch_bounds__(512, 2) name(const __grid_constant__ fastloop::SampleParams params) { \
         FASTLOOP_SHARED(unsigned char, memory);                                                                      \
         fastloop::sample_row<T, kShift>(params, memory);                                                             \
     }

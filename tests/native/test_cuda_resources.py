@@ -115,3 +115,32 @@ def test_linear_uses_what_it_was_written_for(folder: Path) -> None:
         for found in (old, new):
             code = found.instructions(f"linear_mma_{rows}")
             assert "HMMA.16816.F32.BF16" in code and "LDGSTS" in code and "LDSM" in code
+
+
+@every_arch
+def test_attention_uses_what_it_was_written_for(arch: str, folder: Path) -> None:
+    """Matrix products, their operands by ldmatrix (values transposed), pages by asynchronous copies."""
+    found = compiled("paged_attention", arch, folder)
+    if not found.code:
+        pytest.skip("no cuobjdump: triton is not installed")
+    for kernel in ("paged_attention_bf16_bf16_128", "paged_attention_bf16_e4m3_128"):
+        code = found.instructions(kernel)
+        for instruction in ("HMMA.16816.F32.BF16", "LDSM.16.M88.4", "LDSM.16.MT88.4", "LDGSTS.E.BYPASS.128"):
+            assert instruction in code, (kernel, instruction)
+    assert "HMMA" not in found.instructions("paged_attention_f32_f32_128")  # float32 is not rounded
+
+
+@every_arch
+@pytest.mark.parametrize("op", ["mel", "paged_attention", "decide", "sample"])
+def test_dependent_kernels_wait_before_they_read(op: str, arch: str, folder: Path) -> None:
+    """What comes from memory is read after the kernel in front has ended; sm_80 has no such launches."""
+    found = compiled(op, arch, folder)
+    if not found.code:
+        pytest.skip("no cuobjdump: triton is not installed")
+    for kernel in found.registers:
+        code = found.instructions(kernel)
+        assert ("ACQBULK" in code) == (arch == "sm_90a")
+        reads = [code.find(name) for name in ("LDG.", "LDGSTS.", "STG.") if name in code]
+        assert arch == "sm_80" or code.index("ACQBULK") < min(reads), kernel
+    teams = op in ("decide", "sample")
+    assert any("UCGABAR" in found.instructions(k) for k in found.registers) == (teams and arch == "sm_90a")
