@@ -19,12 +19,12 @@ from torch import Tensor
 
 from ..config import MEL_BINS, published_3b
 from ..ops.mel import COLUMNS, TAIL_SAMPLES
-from ..quantise import Quantised
 from .block_attention import block_attention_triton
 from .conv_stem import conv_stem_triton
 from .decide import decide_triton
 from .layer_norm import layer_norm_triton
-from .linear import linear_quantised_triton, linear_triton
+from .linear import linear_triton
+from .linear_quantised import linear_quantised_triton
 from .mel import mel_triton
 from .paged_attention import paged_attention_triton
 from .rms_norm import rms_norm_triton
@@ -86,7 +86,7 @@ def _linear(
     group = 32 if weight == torch.uint8 else 0
     values = _empty(width_out, width_in // 2 if group else width_in, dtype=weight)
     scale = _empty(width_out, width_in // group) if group else _empty(width_out, dtype=F32)
-    linear_quantised_triton(x, Quantised(values, scale, group), epilogue=epilogue, **optional)
+    linear_quantised_triton(x, values, scale, epilogue=epilogue, **optional)
 
 
 H, G, K = MODEL.decoder.heads, MODEL.decoder.kv_heads, MODEL.decoder.head_width
@@ -168,9 +168,15 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
     | {
         "float32": lambda: _linear(13, D, D, dtype=F32, weight=F32),
         "float32 gate_up": lambda: _linear(40, D, 2 * FFN, "silu_gate", dtype=F32, weight=F32),
+    },
+    "linear_quantised": {
         "int8 down": lambda: _linear(13, FFN, D, residual=True, weight=torch.int8),
         "int8 gate_up": lambda: _linear(13, D, 2 * FFN, "silu_gate", weight=torch.int8),
+        "fp8 qkv": lambda: _linear(13, D, QKV, weight=torch.float8_e4m3fn),
         "fp8 down": lambda: _linear(13, FFN, D, residual=True, weight=torch.float8_e4m3fn),
+        "fp8 gate_up": lambda: _linear(13, D, 2 * FFN, "silu_gate", weight=torch.float8_e4m3fn),
+        "fp8 head, 1 row": lambda: _linear(1, D, VOCAB, weight=torch.float8_e4m3fn),
+        "fp8 gate_up, 208 rows": lambda: _linear(208, D, 2 * FFN, "silu_gate", weight=torch.float8_e4m3fn),
         "int4 down": lambda: _linear(1, FFN, D, residual=True, weight=torch.uint8),
         "int4 gate_up": lambda: _linear(1, D, 2 * FFN, "silu_gate", weight=torch.uint8),
         "int4 gate_up, 64 rows": lambda: _linear(64, D, 2 * FFN, "silu_gate", weight=torch.uint8),
@@ -215,7 +221,8 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
 QUICK = {  # the calls that one stream makes: one of each kernel
     "layer_norm": ["a chunk"],
     "rms_norm": ["a listening step"],
-    "linear": ["decoder gate_up, 13 rows", "decoder down, 13 rows", "encoder fc1, 20 rows", "int8 down"],
+    "linear": ["decoder gate_up, 13 rows", "decoder down, 13 rows", "encoder fc1, 20 rows"],
+    "linear_quantised": ["int8 down", "fp8 gate_up", "int4 down"],
     "rope_append": ["a listening step"],
     "block_attention": ["a chunk"],
     "paged_attention": ["a listening step", "a text token"],

@@ -11,10 +11,7 @@ is in flight once, several stages deep, and the multiply hides behind it. Few ou
 idle: then the depth is split, partial sums go through L2 in float32, and a second kernel adds them in a fixed
 order, so that a result does not depend on which block came last and no counter is shared between streams.
 
-Quantised weights (`linear_quantised_triton`, fastloop.quantise): the integers are widened to x's dtype as
-they are read. int8 and float8_e4m3fn have a scale for each channel, which the epilogue applies. int4 has one
-for each channel and group of inputs; the low and the high bits of its bytes are two products, with the even
-and the odd inputs, so no weight changes its place.
+The same kernels read quantised weights (triton_kernels/linear_quantised.py), widened to x's dtype.
 """
 
 from __future__ import annotations
@@ -27,7 +24,6 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.linear import _check as check_linear
-from ..quantise import GROUPS, Quantised
 from .device import begin, dot, gelu, narrow, silu
 from .launch import accept, launch, processors, rows_apart
 from .tuning import choose
@@ -56,6 +52,9 @@ def _tile(
         high = tl.reshape((raw >> 4).to(tl.float32) - 8.0, (BLOCK_OUT, GROUPS, BYTES)) * factor
         first = narrow(tl.reshape(low, (BLOCK_OUT, COLUMNS)), X)
         second = narrow(tl.reshape(high, (BLOCK_OUT, COLUMNS)), X)
+    elif FORMAT == "scaled":
+        first = narrow(raw.to(tl.float32), X)
+        second = first
     else:
         first = raw.to(X)
         second = first
@@ -263,34 +262,3 @@ def linear_triton(
     check_linear(x, weight, bias, epilogue, residual)
     accept("linear", x=x, weight=weight, bias=bias, residual=residual)
     return run_linear(x, weight, None, bias, epilogue, residual)
-
-
-def linear_quantised_triton(
-    x: Tensor,
-    weight: Quantised,
-    bias: Tensor | None = None,
-    epilogue: str = "none",
-    residual: Tensor | None = None,
-) -> Tensor:
-    """`linear_triton` with weights in int8 or float8_e4m3fn (a scale per channel) or int4 (and group).
-
-    x [N, D], weight of [O, D], bias [O], residual [N, O'] -> y [N, O'] in x's dtype; x is not quantised.
-    """
-    values, scale, group = weight.values, weight.scale, weight.group
-    kinds = (torch.uint8,) if group else (torch.int8, torch.float8_e4m3fn)
-    if values.dtype not in kinds:
-        raise TypeError(f"linear: quantised weights with group {group} are {kinds}, got {values.dtype}")
-    columns = (weight.shape[1] // group,) if group else ()
-    if group not in (0, *GROUPS) or weight.shape[1] % max(group, 1) or scale.shape != (len(values), *columns):
-        raise ValueError(
-            f"linear: scale {tuple(scale.shape)} does not fit weights of {weight.shape} in groups of {group} "
-            f"(choose from {GROUPS}, or 0 for the whole channel)"
-        )
-    ghost = torch.empty(weight.shape, dtype=x.dtype, device="meta")  # what the weights stand for
-    check_linear(x, ghost, bias, epilogue, residual)
-    accept("linear", x=x, scale=scale, bias=bias, residual=residual)
-    if values.device != x.device:
-        raise ValueError(f"linear: weight is on {values.device}, x on {x.device}; move one of them")
-    return run_linear(
-        x, values, scale, bias, epilogue, residual, "int4" if group else "scaled", max(group, 1)
-    )

@@ -10,6 +10,7 @@ from .decide import decide, decide_ref
 from .dispatch import REGISTRY, BackendError, Op, use_backend
 from .layer_norm import layer_norm, layer_norm_ref
 from .linear import linear, linear_ref
+from .linear_quantised import linear_quantised, linear_quantised_ref
 from .mel import mel, mel_ref
 from .paged_attention import paged_attention, paged_attention_ref
 from .rms_norm import rms_norm, rms_norm_ref
@@ -33,6 +34,8 @@ __all__ = [
     "layer_norm",
     "layer_norm_ref",
     "linear",
+    "linear_quantised",
+    "linear_quantised_ref",
     "linear_ref",
     "mel",
     "mel_ref",

@@ -24,6 +24,7 @@ TAKES: dict[str, Limits] = {  # op -> the dtypes that its kernel has code for
     "layer_norm": {"x": FLOATS},
     "rms_norm": {"x": FLOATS},
     "linear": {"x": FLOATS},
+    "linear_quantised": {"x": FLOATS},
     "rope_append": {"qkv": FLOATS, "k_pages": PAGES},
     "block_attention": {"qkv": FLOATS},
     "paged_attention": {"q": FLOATS, "k_pages": PAGES},

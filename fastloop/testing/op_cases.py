@@ -15,7 +15,10 @@ import torch.nn.functional as F
 from torch import Generator, Tensor
 
 from ..config import FFT_SAMPLES, HOP_SAMPLES, MEL_BINS
+from ..ops.linear import linear_ref
+from ..ops.linear_quantised import quantise_fp8
 from ..ops.mel import POWER_FLOOR, RANGE_LOG10, TAIL_SAMPLES, mel_filters
+from ..quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
 
 Arguments = dict[str, Any]
 POISON_INDEX = 2**31 - 1  # in int32 entries that nobody may read
@@ -166,6 +169,32 @@ def linear_case(
     return Case(arguments)
 
 
+def linear_quantised_case(
+    g: Generator, *, kind: str = "int8", width_in: int = 64, dtype: torch.dtype = torch.float32, **sizes: Any
+) -> Case:
+    """As `linear_case`, its weight as kind "int8", "fp8", "int4" (groups of 32) or "int4-64" stores it."""
+    arguments = linear_case(g, width_in=width_in, dtype=dtype, **sizes).arguments
+    weight = arguments.pop("weight")
+    if kind.startswith("int4"):
+        stored = quantise_int4(weight, int(kind.partition("-")[2] or 32))
+    else:
+        stored = {"int8": quantise_int8, "fp8": quantise_fp8}[kind](weight)
+    quantised = dict(zip(("values", "scale"), stored, strict=True))
+    return Case(arguments | quantised, truth=_dequantised_product)
+
+
+def _dequantised_product(arguments: Arguments) -> list[Tensor]:
+    """The product in float64 with the weights that the stored ones stand for."""
+    wide: Arguments = {
+        name: value.double() if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+        if name not in ("values", "scale")
+    }
+    values, scale = arguments["values"], arguments["scale"]
+    whole = dequantise_int4 if values.dtype == torch.uint8 else dequantise_int8
+    return [linear_ref(**wide, weight=whole(values, scale).double())]
+
+
 def rope_append_case(
     g: Generator,
     *,
@@ -306,6 +335,11 @@ CASES: dict[str, Callable[[Generator], list[Case]]] = {
         linear_case(g, bias=True),
         linear_case(g, bias=True, epilogue="gelu"),
         linear_case(g, bias=True, epilogue="silu_gate", residual=True),
+    ],
+    "linear_quantised": lambda g: [
+        linear_quantised_case(g, kind="int8", bias=True, epilogue="silu_gate", residual=True),
+        linear_quantised_case(g, kind="int8", epilogue="gelu"),
+        linear_quantised_case(g, kind="int4", bias=True),
     ],
     "rope_append": lambda g: [rope_append_case(g), rope_append_case(g, bias=False)],
     "block_attention": lambda g: [block_attention_case(g)],

@@ -45,6 +45,13 @@ CONTRACTS: dict[str, dict[str, tuple[str, torch.dtype]]] = {
         "bias": ("O", FLOAT),
         "residual": ("N O/2", FLOAT),
     },
+    "linear_quantised": {
+        "x": ("N D", FLOAT),
+        "values": ("O D", torch.int8),
+        "scale": ("O", FLOAT),
+        "bias": ("O", FLOAT),
+        "residual": ("N O/2", FLOAT),
+    },
     "rope_append": {
         "qkv": ("N W", FLOAT),
         "bias": ("W", FLOAT),

@@ -1,4 +1,4 @@
-"""linear in Triton against its definition: every epilogue, ragged sizes, split depth, quantised weights."""
+"""linear in Triton against its definition: every epilogue, ragged sizes, split depth."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from fastloop.ops.linear import EPILOGUES, linear_ref
-from fastloop.quantise import Quantised, quantise_int4, quantise_int8
+from fastloop.ops.linear import EPILOGUES
 from fastloop.testing.implementations import Implementation
 from fastloop.testing.op_cases import Case, linear_case
-from fastloop.testing.tolerance import error_bound, relative_error
 from fastloop.triton_kernels.launch import record_launches
-from fastloop.triton_kernels.linear import depth_splits, linear_quantised_triton, linear_triton
+from fastloop.triton_kernels.linear import depth_splits, linear_triton
 
 Check = Callable[[str, Case], None]
 
@@ -75,62 +73,6 @@ def test_strided_rows(device: str) -> None:
     wide[:, 20:84] = case.arguments["x"]
     run = Implementation("linear", "triton", device)
     assert torch.equal(run(**case.arguments | {"x": wide[:, 20:84]}), run(**case.arguments))
-
-
-@pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_int8_channels(device: str, epilogue: str) -> None:
-    """Equal to the definition on the weights that the quantised ones stand for."""
-    case = linear_case(generator(5), rows=13, width_in=1100, width_out=66, bias=True, epilogue=epilogue)
-    _check_quantised(device, case, Quantised(*quantise_int8(case.arguments["weight"])))
-
-
-@pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_float8_channels(device: str, epilogue: str) -> None:
-    case = linear_case(generator(5), rows=13, width_in=200, width_out=66, bias=True, epilogue=epilogue)
-    scale = case.arguments["weight"].abs().amax(1) / torch.finfo(torch.float8_e4m3fn).max
-    stored = (case.arguments["weight"] / scale[:, None]).to(torch.float8_e4m3fn)
-    _check_quantised(device, case, Quantised(stored, scale))
-
-
-@pytest.mark.parametrize("group", [32, 64])
-@pytest.mark.parametrize("width_in", [64, 64 * 13])
-@pytest.mark.parametrize("epilogue", EPILOGUES)
-def test_int4_groups(device: str, group: int, width_in: int, epilogue: str) -> None:
-    case = linear_case(generator(6), rows=3, width_in=width_in, width_out=66, bias=True, epilogue=epilogue)
-    _check_quantised(device, case, Quantised(*quantise_int4(case.arguments["weight"], group), group))
-
-
-def _check_quantised(device: str, case: Case, weight: Quantised) -> None:
-    arguments = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in case.arguments.items()}
-    del arguments["weight"]
-    moved = Quantised(weight.values.to(device), weight.scale.to(device), weight.group)
-    out = linear_quantised_triton(weight=moved, **arguments).cpu()
-    meant = weight.dequantised()
-    assert relative_error(meant, case.arguments["weight"]) < 0.1
-    plain = linear_ref(**case.arguments | {"weight": meant})
-    wide = {n: v.double() if isinstance(v, torch.Tensor) else v for n, v in case.arguments.items()}
-    truth = linear_ref(**wide | {"weight": meant.double()})
-    assert relative_error(out, truth) <= error_bound(plain, truth, torch.float32)
-
-
-def quantised(shape: tuple[int, int], dtype: torch.dtype, scale: tuple[int, ...], group: int) -> Quantised:
-    return Quantised(torch.zeros(shape, dtype=dtype), torch.ones(scale), group)
-
-
-@pytest.mark.parametrize(
-    ("weight", "message"),
-    [
-        (quantised((8, 60), torch.int8, (8,), 0), "dimension D of weight is 60, elsewhere 64"),
-        (quantised((8, 64), torch.int8, (9,), 0), r"scale \(9,\) does not fit"),
-        (quantised((8, 32), torch.uint8, (8, 3), 32), r"scale \(8, 3\) does not fit"),
-        (quantised((8, 32), torch.uint8, (8, 4), 16), "in groups of 16"),
-        (quantised((8, 64), torch.int16, (8,), 0), "quantised weights with group 0 are"),
-        (quantised((8, 64), torch.int8, (8, 2), 32), "quantised weights with group 32 are"),
-    ],
-)
-def test_bad_quantised_weights(weight: Quantised, message: str) -> None:
-    with pytest.raises((ValueError, TypeError), match=message):
-        linear_quantised_triton(torch.zeros(2, 64), weight)
 
 
 @pytest.mark.parametrize(
