@@ -1,4 +1,6 @@
-"""What compute-sanitizer runs: one small call of every op in Triton, several where kernels differ."""
+"""What compute-sanitizer runs: one small call of every op in Triton, several where kernels differ, and the same
+in CUDA C++ where an op has it.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,25 @@ def calls(generator: torch.Generator) -> list[tuple[str, Case]]:
     gate = cases.linear_case(
         generator, rows=13, width_in=200, width_out=70, epilogue="silu_gate", dtype=torch.bfloat16
     )
+    clusters = cases.linear_case(
+        generator, rows=13, width_in=1304, width_out=40, residual=True, dtype=torch.bfloat16
+    )
     drawn = cases.sample_case(generator, rows=5, vocab=5000, dtype=torch.bfloat16)
-    return [*found, ("paged_attention", long), ("linear", deep), ("linear", gate), ("sample", drawn)]
+    return [
+        *found,
+        ("paged_attention", long),
+        ("linear", deep),
+        ("linear", gate),
+        ("linear", clusters),
+        ("sample", drawn),
+    ]
+
+
+def in_cuda(op: str, arguments: dict[str, object]) -> None:
+    """The call by the backend "cuda", if there is one that takes it."""
+    found = REGISTRY[op].implementations.get("cuda")
+    if found is not None and not REGISTRY[op].refusal("cuda", (), arguments):
+        found(**arguments)
 
 
 def main() -> None:
@@ -33,6 +52,8 @@ def main() -> None:
             continue
         arguments = {n: v.to(device) if isinstance(v, torch.Tensor) else v for n, v in case.arguments.items()}
         kernel(op)(**arguments)
+        if device == "cuda":
+            in_cuda(op, arguments)
     if device == "cuda":
         torch.cuda.synchronize()
     print("every op ran")
