@@ -24,15 +24,7 @@ constexpr int kBatch = 8;             // elements that a lane reads at once
 // Elements first..first + 7 of a row of `width`; zeros behind its end.
 template <class T> __device__ __forceinline__ void read(const T* row, int first, int width, bool aligned, float (&to)[kBatch]) {
     if (aligned && first + kBatch <= width) {
-        constexpr int kWords = kBatch * static_cast<int>(sizeof(T)) / 16;
-        union {
-            uint4 words[kWords];
-            T items[kBatch];
-        } both;
-#pragma unroll
-        for (int i = 0; i < kWords; ++i) both.words[i] = reinterpret_cast<const uint4*>(row + first)[i];
-#pragma unroll
-        for (int i = 0; i < kBatch; ++i) to[i] = widen(both.items[i]);
+        load_8(row + first, to);
     } else {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) to[i] = first + i < width ? widen(row[first + i]) : 0.0f;
@@ -72,28 +64,37 @@ template <class T> __device__ double chance_of(const DecideParams& p, int row, b
     return 1.0 / (1.0 + exp(silent - respond));
 }
 
+// Which of the rows first..first + 7 are of a slot, one bit each; rows from `end` on are not.
+__device__ __forceinline__ unsigned rows_of_slot(const int* slots, int slot, int first, int end) {
+    unsigned found = 0;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) found |= static_cast<unsigned>(first + i < end && slots[first + i] == slot) << i;
+    return found;
+}
+
 // All rows of one slot, from its first one on.
 __device__ void decide_slot(const DecideParams& p, const double* chances, const int* slots, int first) {
     const int slot = slots[first];
     const double threshold = p.policy[3LL * slot], rearm = p.policy[3LL * slot + 1], min_gap = p.policy[3LL * slot + 2];
     int since = p.state[2LL * slot], armed = p.state[2LL * slot + 1] != 0;
     bool ended = false;
-    for (int row = first; row < p.rows; ++row) {
-        if (slots[row] != slot) continue;
-        const double chance = chances[row];
-        int decision = kVoid;
-        if (!ended && chance != chance) {
-            decision = kNonfinite;
-        } else if (!ended) {
-            armed |= chance <= rearm;
-            const bool responds = chance > threshold && armed && since >= min_gap;
-            decision = responds ? kRespond : kSilent;
-            since = responds ? 0 : min(since, kMostChunks - 1) + 1;
-            if (responds) armed = rearm >= 1;
+    for (int batch = first; batch < p.rows; batch += kBatch)
+        for (unsigned left = rows_of_slot(slots, slot, batch, p.rows); left; left &= left - 1) {
+            const int row = batch + __ffs(static_cast<int>(left)) - 1;
+            const double chance = chances[row];
+            int decision = kVoid;
+            if (!ended && chance != chance) {
+                decision = kNonfinite;
+            } else if (!ended) {
+                armed |= chance <= rearm;
+                const bool responds = chance > threshold && armed && since >= min_gap;
+                decision = responds ? kRespond : kSilent;
+                since = responds ? 0 : min(since, kMostChunks - 1) + 1;
+                if (responds) armed = rearm >= 1;
+            }
+            p.decision[row] = decision;
+            ended |= decision != kSilent;
         }
-        p.decision[row] = decision;
-        ended |= decision != kSilent;
-    }
     p.state[2LL * slot] = since;
     p.state[2LL * slot + 1] = armed;
 }
@@ -118,9 +119,9 @@ template <class T> __device__ void decide_rows(const DecideParams& p, double* ch
     team_sync();
     if (team_rank() != 0) return;
     for (int row = threadIdx.x; row < p.rows; row += DECIDE_THREADS) {
-        int before = row - 1;  // the last row of this slot before this one: padded rows stand next to each other
-        while (before >= 0 && slots[before] != slots[row]) --before;
-        if (before < 0) decide_slot(p, chances, slots, row);
+        bool is_first = row == 0 || slots[row - 1] != slots[row];  // padded rows stand next to each other
+        for (int batch = 0; is_first && batch < row; batch += kBatch) is_first = !rows_of_slot(slots, slots[row], batch, row);
+        if (is_first) decide_slot(p, chances, slots, row);
     }
 }
 

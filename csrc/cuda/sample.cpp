@@ -39,6 +39,13 @@ unsigned team(size_t vocab, const Device& device) {
     return blocks;
 }
 
+// Whether a thread may read eight logits, and their bans, at once.
+bool aligned(const Params& p) {
+    const size_t itemsize = bytes_of(WHERE, p.dtype);
+    return reinterpret_cast<uintptr_t>(p.logits) % 16 == 0 && (p.rows < 2 || p.logits_stride * itemsize % 16 == 0) &&
+           reinterpret_cast<uintptr_t>(p.banned) % 8 == 0 && p.vocab % 8 == 0;
+}
+
 const long long* wide(const int64_t* values) { return reinterpret_cast<const long long*>(values); }
 
 }  // namespace
@@ -54,7 +61,7 @@ extern "C" fastloop_status fastloop_cuda_sample(const fastloop_cuda_sample_param
         cuda::check(p);
         const cuda::Device& device = module.device();
         const unsigned blocks = cuda::team(p.vocab, device);
-        const size_t slice = ((p.vocab + blocks - 1) / blocks + 3) / 4 * 4;
+        const size_t slice = ((p.vocab + blocks - 1) / blocks + 7) / 8 * 8;
         const bool held = SAMPLE_FIXED_BYTES + 4 * slice + 1024 <= device.shared_bytes;
         const SampleParams k{p.logits,
                              p.banned,
@@ -68,7 +75,8 @@ extern "C" fastloop_status fastloop_cuda_sample(const fastloop_cuda_sample_param
                              static_cast<long long>(p.logits_stride),
                              static_cast<int>(p.vocab),
                              static_cast<int>(slice),
-                             held};
+                             held,
+                             cuda::aligned(p)};
         const cuda::Shape shape{{static_cast<unsigned>(p.rows) * blocks, 1, 1}, SAMPLE_THREADS,
                                 static_cast<unsigned>(SAMPLE_FIXED_BYTES + (held ? 4 * slice : 0)), blocks,
                                 p.dependent != 0 && device.major >= 9};

@@ -24,6 +24,7 @@ using Mass = unsigned long long;
 constexpr int kThreads = SAMPLE_THREADS, kWarps = kThreads / 32;
 constexpr int kDigitBits = 11, kDigits = 1 << kDigitBits;
 constexpr int kMostBlocks = 16;  // of a team
+constexpr int kBatch = 8;        // logits that a thread reads at once
 constexpr unsigned kLeastKey = 0x007fffffu;  // of -Inf
 
 // What a warp, or a block, has for the team.
@@ -84,6 +85,19 @@ template <class T, int kShift> struct Row {
     __device__ float legal(int i) const {
         return banned[first + i] ? __int_as_float(0xff800000) : widen(logits[first + i]);
     }
+    // Eight in a row, as far as the slice goes.
+    __device__ __forceinline__ void legal_batch(int i, float (&x)[kBatch]) const {
+        if (p.aligned && i + kBatch <= count) {
+            load_8(logits + first + i, x);
+            const uint2 bans = *reinterpret_cast<const uint2*>(banned + first + i);
+#pragma unroll
+            for (int e = 0; e < kBatch; ++e)
+                if ((e < 4 ? bans.x : bans.y) >> e % 4 * 8 & 0xff) x[e] = __int_as_float(0xff800000);
+        } else {
+#pragma unroll
+            for (int e = 0; e < kBatch; ++e) x[e] = i + e < count ? legal(i + e) : 0.0f;
+        }
+    }
     __device__ float logit(int i) const { return p.held ? held[i] : legal(i); }
     __device__ unsigned key(int i) const { return key_of(logit(i)) >> kShift; }
     __device__ float value(unsigned key) const {  // the logit of a key
@@ -100,13 +114,16 @@ template <class T, int kShift> struct Row {
         __syncthreads();
         unsigned long long best = 0;
         bool odd = false;
-#pragma unroll 4
-        for (int i = threadIdx.x; i < count; i += kThreads) {
-            const float x = legal(i);
-            if (p.held) held[i] = x;
-            odd |= !(x < __int_as_float(0x7f800000));
-            const unsigned long long pair = static_cast<unsigned long long>(key_of(x)) << 32 | ~static_cast<unsigned>(first + i);
-            best = max(best, pair);
+        for (int i = threadIdx.x * kBatch; i < count; i += kThreads * kBatch) {
+            float x[kBatch];
+            legal_batch(i, x);
+#pragma unroll
+            for (int e = 0; e < kBatch; ++e) {
+                if (i + e >= count) break;
+                if (p.held) held[i + e] = x[e];
+                odd |= !(x[e] < __int_as_float(0x7f800000));
+                best = max(best, static_cast<unsigned long long>(key_of(x[e])) << 32 | ~static_cast<unsigned>(first + i + e));
+            }
         }
         for (int near = 16; near > 0; near /= 2) best = max(best, __shfl_xor_sync(~0u, best, near));
         if (odd) s.spoilt = 1;

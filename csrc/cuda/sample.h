@@ -18,8 +18,9 @@ struct SampleParams {
     long long* tokens;
     long long logits_stride;      // elements
     int vocab;
-    int slice;                    // logits of a block; a multiple of 4
+    int slice;                    // logits of a block; a multiple of 8
     int held;                     // whether they lie in shared memory: 4 bytes each
+    int aligned;                  // every 8th logit begins at a multiple of 16 bytes, every 8th ban of 8
 };
 
 }  // namespace fastloop

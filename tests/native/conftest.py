@@ -62,7 +62,7 @@ def check(kernels: Any) -> Callable[..., None]:
     def run(op: str, case: Case, **options: int) -> None:
         for name, value in options.items():
             setattr(kernels, name, value)
-        found = compare(load("cuda_kernels").Emulated(op, kernels), case)
+        found = compare(load_module("cuda_kernels").Emulated(op, kernels), case)
         assert found.ok, found.problem
 
     return run

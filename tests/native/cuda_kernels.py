@@ -148,10 +148,11 @@ class Kernels:
     ) -> Tensor:
         rows, vocab = logits.shape
         tokens = poisoned(rows, dtype=torch.int64)
-        slice_ = -(-vocab // self.blocks)
+        slice_ = -(-vocab // self.blocks // 8) * 8
+        aligned = vocab % 8 == 0 and all(t.data_ptr() % 16 == 0 for t in (logits, banned))
         params = struct(
-            "PPPPPPPPPqiii", logits, banned, phase, temperature, top_k, top_p, seed, counter, tokens,
-            logits.stride(0), vocab, slice_, self.held,
+            "PPPPPPPPPqiiii", logits, banned, phase, temperature, top_k, top_p, seed, counter, tokens,
+            logits.stride(0), vocab, slice_, self.held, aligned,
         )  # fmt: skip
         room = {"shared": 34 * 1024 + (4 * slice_ if self.held else 0), "cluster": self.blocks}
         self.launch(f"sample_{NAMES[logits.dtype]}", [rows * self.blocks], 512, params, **room)
