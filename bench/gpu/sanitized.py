@@ -1,5 +1,5 @@
-"""What compute-sanitizer runs: one small call of every op in Triton, several where kernels differ, and the same
-in CUDA C++ where an op has it.
+"""What compute-sanitizer runs: one small call of every op in Triton, several where kernels differ, and the
+same in CUDA C++ where an op has it.
 """
 
 from __future__ import annotations

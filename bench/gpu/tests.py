@@ -1,4 +1,4 @@
-"""The tests that need a GPU: every Triton kernel against its definition in float64, ops', the engine's."""
+"""The tests that need a GPU: every Triton kernel against its definition in float64, ops', CUDA's, the engine's."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ def run(context: Context, record: Record) -> None:
     suites = {
         "triton": ["tests/triton", "-m", "not slow", "--ignore=tests/triton/test_resources.py"],
         "ops": ["tests/ops", "-m", "gpu", "--continue-on-collection-errors"],
+        "cuda": ["tests/native/test_cuda_gpu.py"],
         "engine": [*(f"tests/engine/test_{name}.py" for name in ENGINE), "-k", "cuda"],
     }
     if context.dry:
