@@ -1,4 +1,4 @@
-"""The tests that need a GPU: every Triton kernel against its definition in float64, ops', CUDA's, the engine's."""
+"""The tests that need a GPU: of every Triton kernel against its definition, of ops, CUDA kernels, the engine."""
 
 from __future__ import annotations
 
