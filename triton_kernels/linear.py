@@ -219,9 +219,10 @@ def run_linear(
     scale, bias = (t if t is None else t.contiguous() for t in (scale, bias))
     residual = residual if residual is None else rows_apart(residual)
     y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
+    op = "linear" if weights == "plain" else "linear_quantised"
     config = dict(
         choose(
-            "linear", x.device, rows=rows, width_in=x.shape[1], width_out=weight.shape[0], epilogue=epilogue,
+            op, x.device, rows=rows, width_in=x.shape[1], width_out=weight.shape[0], epilogue=epilogue,
             weight=str(weight.dtype).removeprefix("torch."),
         )
     )  # fmt: skip

@@ -15,6 +15,7 @@ from fastloop.ops.conv_stem import conv_stem_bytes
 from fastloop.ops.decide import decide_bytes
 from fastloop.ops.layer_norm import layer_norm_bytes
 from fastloop.ops.linear import linear_bytes, linear_flops
+from fastloop.ops.linear_quantised import linear_quantised_bytes
 from fastloop.ops.mel import mel_bytes
 from fastloop.ops.paged_attention import paged_attention_bytes
 from fastloop.ops.rms_norm import rms_norm_bytes
@@ -61,6 +62,19 @@ def _linear(name: str, rows: int, dims: dict[str, Any], dtype: torch.dtype) -> S
         linear_bytes(rows, width_in, width_out, dtype.itemsize, dtype.itemsize),
         linear_flops(rows, width_in, width_out),
         ("weight",),
+    )
+
+
+def _quantised(name: str, kind: str, rows: int, dims: dict[str, Any], dtype: torch.dtype) -> Shape:
+    width_in, width_out = dims["width_in"], dims["width_out"]
+    bits, group = (4, 32) if kind == "int4" else (8, 0)
+    return Shape(
+        f"linear_quantised {name}, {kind}, {rows} rows",
+        "linear_quantised",
+        lambda g: cases.linear_quantised_case(g, kind=kind, rows=rows, dtype=dtype, **dims),
+        linear_quantised_bytes(rows, width_in, width_out, dtype.itemsize, bits, group),
+        linear_flops(rows, width_in, width_out),
+        ("values",),
     )
 
 
@@ -126,6 +140,10 @@ def shapes(config: ModelConfig, dtype: torch.dtype, dry: bool) -> list[Shape]:
     for name, dims in linears(config).items():
         counts = (chunk,) if name.startswith("encoder") else (1,) if name.endswith("head") else (1, rows, 64)
         found += [_linear(name, n, dims, dtype) for n in ((counts[0],) if dry else counts)]
+    for name in ("decoder gate_up", "decoder down"):
+        dims = linears(config)[name]
+        wanted = [("int8", 1)] if dry else [("fp8", 1), ("fp8", rows), ("int4", 1), ("int8", rows)]
+        found += [_quantised(name, kind, n, dims, dtype) for kind, n in wanted]
     contexts = [(rows, 1, 20), (1, 2, 20)] if dry else [
         (rows, 1, 1024), (rows, 1, 4096), (1, 1, 1024), (rows, 64, 1024), (rows, 64, 4096), (1, 64, 4096),
     ]  # fmt: skip
@@ -148,7 +166,11 @@ def shapes(config: ModelConfig, dtype: torch.dtype, dry: bool) -> list[Shape]:
 def model_cases(config: ModelConfig, dtype: torch.dtype) -> dict[str, Callable[[Generator], list[Case]]]:
     """One case of each op at the dims of the model (not `decide`, whose decisions in 16 bits may differ)."""
     d = config.decoder
-    chosen = [s for s in shapes(config, dtype, dry=True) if s.op not in ("decide", "linear", "sample")]
+    chosen = [
+        s
+        for s in shapes(config, dtype, dry=True)
+        if s.op not in ("decide", "linear", "linear_quantised", "sample")
+    ]
     grouped: dict[str, Callable[[Generator], list[Case]]] = {
         op: lambda g, op=op: [s.draw(g) for s in chosen if s.op == op] for op in {s.op for s in chosen}
     }
@@ -156,6 +178,10 @@ def model_cases(config: ModelConfig, dtype: torch.dtype) -> dict[str, Callable[[
     down = {"width_in": d.ffn, "width_out": d.width, "residual": True}
     grouped["linear"] = lambda g: [
         cases.linear_case(g, rows=n, dtype=dtype, **kind) for kind in (dims, down) for n in (1, 13, 64)
+    ]
+    grouped["linear_quantised"] = lambda g: [
+        cases.linear_quantised_case(g, kind=kind, rows=n, dtype=dtype, **down)
+        for kind, n in (("fp8", 13), ("fp8", 1), ("int8", 13), ("int4", 1))
     ]
     grouped["sample"] = lambda g: [cases.sample_case(g, rows=5, vocab=d.vocab_padded, dtype=dtype)]
     return grouped
