@@ -49,7 +49,7 @@ class Graphs:
 
     def __init__(self, device: torch.device, streams: Streams) -> None:
         self.enabled = capture_enabled()
-        self._streams = streams
+        self._streams, self._device = streams, device
         self._on_gpu = device.type == "cuda"
         with_pools = self._on_gpu and self.enabled
         self._pools = {name: torch.cuda.graph_pool_handle() if with_pools else None for name in STREAMS}
@@ -62,6 +62,7 @@ class Graphs:
         static: buffers of fixed address that the work may read and write; constants: those it may only read.
         CaptureError on the CPU where no graph could capture it.
         """
+        self._await_buffers()
         if not self.enabled:
             return _Eager(work)
         graphs: list[Graph] = []
@@ -87,6 +88,7 @@ class Graphs:
 
         The body runs now as in `make`; CaptureError on the CPU also where it does not write the condition.
         """
+        self._await_buffers()
         if not self.enabled:
             return Loop(_Eager(body), condition)
         graphs: list[Graph] = []
@@ -101,6 +103,14 @@ class Graphs:
 
         schedule.capture(self._streams, stream, capture)
         return graphs[0]
+
+    def _await_buffers(self) -> None:
+        """What the caller has queued on its own stream, the filling of new buffers, comes before their graph.
+
+        Once per graph, as capturing waits for the device anyway.
+        """
+        if self._on_gpu:
+            torch.cuda.current_stream(self._device).synchronize()
 
 
 @dataclass(frozen=True)
