@@ -18,7 +18,7 @@ from fastloop.triton_kernels.launch import dependent_launches
 from .clock import capture
 from .model import ListeningStep
 from .record import Context, Record
-from .shapes import model_cases, small_bfloat16
+from .shapes import model_cases, small_bfloat16, small_quantised
 
 
 def run(context: Context, record: Record) -> None:
@@ -28,6 +28,7 @@ def run(context: Context, record: Record) -> None:
     checks = [(op, "small", CASES[op]) for op in REGISTRY]
     if not context.dry:
         checks.append(("linear", "small, bfloat16", small_bfloat16))
+        checks.append(("linear_quantised", "small, bfloat16", small_quantised))
     if context.dry:  # the slow ones to interpret; tests/triton has them
         checks = [check for check in checks if check[0] not in ("mel", "sample")]
     checks += [

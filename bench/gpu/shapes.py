@@ -197,3 +197,14 @@ def small_bfloat16(g: Generator) -> list[Case]:
         for n, i, o in sizes
         for e in ("none", "gelu", "silu_gate")
     ]
+
+
+def small_quantised(g: Generator) -> list[Case]:
+    """The same of linear_quantised."""
+    return [
+        cases.linear_quantised_case(
+            g, kind=kind, rows=n, width_in=i, width_out=o, bias=True, epilogue=e, dtype=torch.bfloat16
+        )
+        for kind in ("fp8", "int4", "int4-64")
+        for n, i, o, e in ((1, 64, 8, "none"), (13, 832, 300, "silu_gate"), (33, 1024, 130, "gelu"))
+    ]

@@ -117,6 +117,10 @@ def _line(op: Op[..., Any], device: str, backend: str, used: str) -> OpLine:
         why = op.unavailable.get(backend, NOT_WRITTEN)
         return OpLine(op.name, device, backend, "unavailable", None, None, why, True)
     found = self_check(op.name, backend, device)
+    cannot_run = "raised BackendError: "
+    if backend != used and found.problem.startswith(cannot_run):
+        why = found.problem.removeprefix(cannot_run)
+        return OpLine(op.name, device, backend, "unavailable", None, None, why, True)
     state = "used" if backend == used else "available"
     return OpLine(op.name, device, backend, state, found.error, found.bound, found.problem, found.ok)
 

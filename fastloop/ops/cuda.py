@@ -22,12 +22,14 @@ from .decide import _check as check_decide
 from .dispatch import BackendError, Limits, Op
 from .linear import EPILOGUES
 from .linear import _check as check_linear
+from .linear_quantised import check_quantised
 from .mel import CLAMPS, EDGES, check_mel
 from .native import FLOAT32, address, check_in_place, native, reason, require_native, rows_of
 from .paged_attention import _check as check_paged_attention
 from .sample import _check as check_sample
 
 BFLOAT16 = (torch.bfloat16,)
+FORMATS = {torch.float8_e4m3fn: 1, torch.uint8: 2}  # fastloop_cuda_weights of quantised ones
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)  # in fastloop_cuda_dtype's order
 
 
@@ -140,23 +142,14 @@ def linear_quantised_cuda(
     float8_e4m3fn [O, D] with scale float32 [O], D a multiple of 16, or uint8 [O, D / 2] (two int4 a byte)
     with scale bfloat16 [O, D / 32] or [O, D / 64]. x is not quantised.
     """
-    int4 = values.dtype == torch.uint8
-    if not int4 and values.dtype != torch.float8_e4m3fn:
+    group, width = check_quantised(x, values, scale, bias, epilogue, residual)
+    if values.dtype not in FORMATS:
         raise TypeError(
-            "linear_quantised: backend 'cuda' takes torch.float8_e4m3fn or two int4 in torch.uint8, "
-            f"got {values.dtype}"
+            "linear_quantised: backend 'cuda' takes torch.float8_e4m3fn or two int4 in torch.uint8, got "
+            f"{values.dtype}"
         )
-    outputs, inputs = values.shape[0], values.shape[1] * (2 if int4 else 1)
-    group = inputs // scale.shape[1] if int4 and scale.dim() == 2 and scale.shape[1] else 0
-    shape = (outputs, inputs // group) if group else (outputs,)
-    fits = tuple(scale.shape) == shape and bool(group) == int4 and inputs % max(group, 1) == 0
-    if not fits or scale.dtype != (torch.bfloat16 if int4 else torch.float32):
-        told = f"{scale.dtype} {tuple(scale.shape)}"
-        raise ValueError(f"linear_quantised: scale {told} does not fit weights of {(outputs, inputs)}")
-    ghost = torch.empty(outputs, inputs, dtype=x.dtype, device="meta")  # what the weights stand for
-    width = check_linear(x, ghost, bias, epilogue, residual)
     values, scale = values.contiguous(), scale.contiguous()
-    return _linear(x, values, width, bias, epilogue, residual, scale, 2 if int4 else 1, group, splits)
+    return _linear(x, values, width, bias, epilogue, residual, scale, group, splits)
 
 
 def _linear(
@@ -167,11 +160,10 @@ def _linear(
     epilogue: str,
     residual: Tensor | None,
     scale: Tensor | None = None,
-    weight_format: int = 0,
     group: int = 0,
     splits: int = 0,
 ) -> Tensor:
-    """weight_format: fastloop_cuda_weights of csrc/include/fastloop_cuda.h."""
+    """Both of them; weight as it is stored, its rows contiguous."""
     home = gpu_of("linear", x=x, weight=weight, bias=bias, residual=residual, scale=scale)
     if x.dtype != torch.bfloat16:
         raise TypeError(
@@ -198,7 +190,7 @@ def _linear(
         out=address(y),
         out_stride=width,
         splits=splits,
-        weight_format=weight_format,
+        weight_format=FORMATS.get(weight.dtype, 0),
         scale=address(scale),
         group=group,
     )
@@ -409,7 +401,7 @@ KERNELS: dict[str, tuple[Callable[..., Any], Limits]] = {  # op -> its function,
     "linear": (linear_cuda, {"x": BFLOAT16}),
     "linear_quantised": (
         linear_quantised_cuda,
-        {"x": BFLOAT16, "values": (torch.float8_e4m3fn, torch.uint8)},
+        {"x": BFLOAT16, "values": tuple(FORMATS)},
     ),
     "mel": (mel_cuda, {"pcm": FLOAT32}),
     "paged_attention": (paged_attention_cuda, {"q": DTYPES[:3], "k_pages": DTYPES}),
