@@ -1,4 +1,4 @@
-"""The tests that need a GPU: of every Triton kernel against its definition, of ops, CUDA kernels, the engine."""
+"""The tests that need a GPU: Triton kernels against their definition, ops, CUDA kernels, the engine."""
 
 from __future__ import annotations
 
