@@ -105,6 +105,9 @@ def _fake(
 
 
 linear_quantised = define(linear_quantised_ref, _fake)
+linear_quantised.unavailable["cpu"] = (
+    "the native kernels round the activations to int8, too, and run inside whole passes (fastloop.engine)"
+)
 
 
 def linear_quantised_bytes(
