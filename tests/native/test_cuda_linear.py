@@ -104,6 +104,15 @@ def test_any_number_of_rows(check: Callable[[Case], None], driver: Any, major: i
 
 
 @every_gpu
+@pytest.mark.parametrize("rows", [8, 16, 32, 64])
+def test_rings_turn_over(check: Callable[[Case], None], driver: Any, major: int, rows: int) -> None:
+    """Sixteen stages through rings of three to six, in another order of threads."""
+    driver.device(major, processors=1)
+    driver.seed(rows)
+    check(case_of(rows=rows, width_in=64 * 15 + 8, width_out=136))
+
+
+@every_gpu
 @every_epilogue
 @pytest.mark.parametrize("splits", [2, 4, 8])
 def test_split_depth(
