@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import types
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,13 +22,14 @@ from fastloop.engine.buckets import Bucket
 from fastloop.engine.captured_runner import CapturedRunner
 from fastloop.engine.graphs import Loop, loop_tape
 from fastloop.engine.recorder import CaptureError, Launch
-from fastloop.engine.reply import REPLY_TOKENS, Replies, ReplyBuffers, ReplyProgram
+from fastloop.engine.reply import REPLY_TOKENS, Replies, ReplyBuffers, ReplyProgram, schedule_of
 from fastloop.engine.stream_simulation import BlockingStreams, hazards
 from fastloop.engine.streams import STATE, Streams
 from fastloop.events import Event, ResponseEnd
 from fastloop.options import DecisionPolicy, EngineConfig, Sampling, SessionConfig
 from fastloop.testing.cases import random_model, random_sound
 from fastloop.testing.drive import Script, chances, comparable, expected, lively_policy, run_engine
+from fastloop.testing.steps import PAGE_TOKENS, random_batch
 
 INITIAL = {*STATE, "mel state", "frames", "encoded", schedule.tokens(0)}
 TALKS = SessionConfig(
@@ -263,6 +265,22 @@ def test_without_pages_it_goes_step_by_step(model: Model) -> None:
     said = comparable([e for e in session.poll() if e.type != "stalled"])
     assert begun == [] and said == want[: len(said)] and len(said) > 5
     engine.check()
+
+
+@given(seed=st.integers(0, 2**31), limit=st.integers(1, 60))
+def test_a_schedule_is_what_each_step_would_be_given(seed: int, limit: int) -> None:
+    """Row by row: position, slot, length and counter of a sequence that grows by one token a step."""
+    batch = random_batch(np.random.default_rng(seed), listeners=0, speakers=1)
+    pages = np.arange(100, 100 + 20, dtype=np.int32)
+    used = -(-int(batch.kv_lens[0]) // PAGE_TOKENS)
+    table = np.concatenate((batch.block_table[0, :used], pages))[None]
+    schedule = schedule_of(replace(batch, block_table=table), limit, PAGE_TOKENS)
+    assert schedule.shape == (limit, 5)
+    for i, row in enumerate(schedule):
+        length = int(batch.kv_lens[0]) + 1 + i
+        page, place = divmod(length - 1, PAGE_TOKENS)
+        moved = [int(batch.positions[0]) + 1 + i, int(table[0, page]) * PAGE_TOKENS + place, length]
+        assert row.tolist() == [*moved, int(batch.counter[0]) + 1 + i, int(i + 1 < limit)]
 
 
 def test_a_limit_beyond_the_ring_is_refused(model: Model) -> None:
