@@ -124,6 +124,7 @@ struct Tile {
 template <class Kind>
 struct Attend {
     static constexpr size_t kTileUnits = kSlotTile / kInUnit<Kind>;
+    static constexpr size_t kRun = kInUnit<Kind> == 1 ? 64 : 256;  // units of a score in one chain: as in isa/linear.cpp
 
     size_t rows, width;     // query rows (x heads), K
     size_t units, panels;   // of a key; of a value
@@ -271,11 +272,14 @@ struct Attend {
     void rows_of(const Tile& t, size_t begin, size_t count, Hide& hide) {
         alignas(64) float scores[R * kSlotTile];
         const size_t span = (count + kPanel - 1) / kPanel * kPanel;
-        for (size_t half = 0; half < span / kPanel; ++half) {
-            Block<Kind, R> block;
-            sum_block<Kind, R>(block, t.keys + half * units * kPanel * 4, q + begin * units, units);
-            block.put(scores + half * kPanel, kSlotTile);
-        }
+        for (size_t half = 0; half < span / kPanel; ++half)
+            for (size_t first = 0; first < units; first += kRun) {
+                Block<Kind, R> block;
+                sum_block<Kind, R>(block, t.keys + (half * units + first) * kPanel * 4, q + begin * units + first * R,
+                                   units - first < kRun ? units - first : kRun);
+                if (first == 0) block.put(scores + half * kPanel, kSlotTile);
+                else block.add_to(scores + half * kPanel, kSlotTile);
+            }
         if (t.key_scale != nullptr)
             for (size_t r = 0; r < R; ++r)
                 for (size_t s = 0; s < span; s += kLanes) {

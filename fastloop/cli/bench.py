@@ -15,6 +15,8 @@ bench_app = typer.Typer(name="bench", help="Measure kernels and steps.", no_args
 
 Size = Annotated[str, typer.Option(help="Dims, with random weights: nano or 3b.")]
 Precision = Annotated[str, typer.Option(help="float32, bfloat16, int8 or int4.")]
+Kv = Annotated[str, typer.Option(help="Of the KV pages: float32, bfloat16 or int8.")]
+Group = Annotated[int, typer.Option(help="int4: inputs that share a scale, 32 or 64.")]
 Threads = Annotated[int, typer.Option(min=1, max=256, help="Threads that share every call.")]
 Sessions = Annotated[str, typer.Option(help="Numbers of sessions, separated by commas.")]
 Contexts = Annotated[str, typer.Option(help="Context lengths in positions, separated by commas.")]
@@ -32,6 +34,8 @@ def bench() -> None:
 def cpu_command(
     size: Size = "nano",
     precision: Precision = "int8",
+    kv: Kv = "bfloat16",
+    group: Group = 32,
     threads: Threads = 1,
     sessions: Sessions = "1",
     contexts: Contexts = "0,1024,4096",
@@ -51,18 +55,24 @@ def cpu_command(
       fastloop bench cpu --sessions 1,8,64 --contexts 0,1950
     """
     from ..ops.native import PRECISIONS, native, reason
+    from ..quantise import GROUPS
     from ..testing.cpu_bench import SIZES, CpuBench, Figure, roofline, table
 
-    for name, value, choices in (("size", size, tuple(SIZES)), ("precision", precision, PRECISIONS)):
+    for name, value, choices in (
+        ("size", size, tuple(SIZES)),
+        ("precision", precision, PRECISIONS),
+        ("kv", kv, PRECISIONS[:3]),
+        ("group", group, GROUPS),
+    ):
         if value not in choices:
-            complain("bench cpu", f"--{name} is {value!r}; choose from {', '.join(choices)}")
+            complain("bench cpu", f"--{name} is {value!r}; choose from {', '.join(map(str, choices))}")
             raise typer.Exit(2)
     if native is None:
         complain("bench cpu", reason)
         raise typer.Exit(1)
     counts, lengths = _numbers("sessions", sessions, 1), _numbers("contexts", contexts, 0)
     figures: list[Figure] = []
-    measured = CpuBench(size, precision, threads, seconds)
+    measured = CpuBench(size, precision, threads, seconds, kv, group)
     for figure in measured.figures(counts, lengths):
         lines = table([figure])
         for line in lines if not figures else lines[1:]:
@@ -71,7 +81,10 @@ def cpu_command(
         if json is not None:  # whole after every figure: an interrupted run keeps what it has
             rows = [asdict(f) | {"of_peak": f.of_peak, "of_read": f.of_read} for f in figures]
             json.write_text(
-                jsonlib.dumps({"threads": threads, "isas": native.isas(), "figures": rows}, indent=1)
+                jsonlib.dumps(
+                    {"threads": threads, "kv": kv, "group": group, "isas": native.isas(), "figures": rows},
+                    indent=1,
+                )
             )
     if plot is not None:
         roofline(figures, str(plot))

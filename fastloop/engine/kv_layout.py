@@ -12,6 +12,9 @@ Source of the ranges: SmoothQuant (Xiao et al. 2022, arXiv 2211.10438), applied 
 
 from __future__ import annotations
 
+import ctypes
+import mmap
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,12 +27,24 @@ from ..quantise import Quantised
 
 TILE = 64  # slots
 PANEL = 32  # slots of keys, channels of values, that are multiplied at once
+LARGE = 4 << 20  # bytes of a pool from which on huge pages are worth it
 DEVIATIONS = 3.0  # a channel's size: its bias, and so many standard deviations of the rest
 
 
 def fits_tiles(config: DecoderConfig, page_tokens: int) -> bool:
     """Whether pages of these dims can be tiles."""
     return page_tokens % TILE == 0 and config.head_width % PANEL == 0
+
+
+def in_huge_pages(pool: Tensor) -> Tensor:
+    """Asks for pages of 2 MB under a large pool on Linux, before it is written to: tiles are read faster, as
+    prefetches do not stop at the end of every 4 KB. A hint: where it is not taken, nothing happens.
+    """
+    if sys.platform.startswith("linux") and pool.device.type == "cpu" and pool.nbytes >= LARGE:
+        first = -(-pool.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+        length = (pool.data_ptr() + pool.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)
+    return pool
 
 
 def slot_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
@@ -75,7 +90,7 @@ class TileLayout:
     def pool(self, config: DecoderConfig, pages: int, page_tokens: int, device: torch.device | str) -> Tensor:
         tile = TILE * slot_bytes(config, self.dtype) // config.kv_heads // self.dtype.itemsize
         shape = (config.layers, pages, config.kv_heads, page_tokens // TILE, tile)
-        return torch.zeros(shape, dtype=self.dtype, device=device)
+        return in_huge_pages(torch.zeros(shape, dtype=self.dtype, device=device))
 
     def keys(self, pages: Tensor) -> Tensor:
         """Some pages of a pool, [L, n, G, T, .] -> rows [L, n, Q, G, K]; float32 where they are bytes."""

@@ -23,7 +23,7 @@ from ..config import MEL_BINS, ConfigError
 from ..decision import DecisionState
 from ..mel import MelState
 from ..ops.native import address, pack, require_native
-from ..quantise import Quantised
+from ..quantise import GROUPS, Quantised
 from ..tensorfile import release
 from .kv_cache import KVCache
 from .runner import EagerRunner, StepBatch, StepResult
@@ -67,6 +67,8 @@ class PackedModel:
         self._native = require_native()
         self._kept: list[Any] = []
         self._weights: Mapping[str, Tensor | Quantised] = {**model.weights, **model.quantised}
+        layer = self._weights["decoder.layers.0.gate_up.weight"]
+        self.group = (isinstance(layer, Quantised) and layer.group) or GROUPS[0]  # the head's, as the layers'
         self.encoder = self._encoder(model, isa)
         self.decoder = self._decoder(model, isa)
 
@@ -77,7 +79,7 @@ class PackedModel:
 
     def pack(self, weight: Tensor | Quantised, precision: str, gated: bool = False) -> Any:
         """weight [O, D] -> its packed form, which is kept. Rows [gate; up] where gated."""
-        packed = pack(weight, precision, gated)
+        packed = pack(weight, precision, gated, self.group)
         self._kept.append(packed)
         for source in (weight.values, weight.scale) if isinstance(weight, Quantised) else (weight,):
             release(source)  # or a checkpoint that is mapped would stand in memory twice

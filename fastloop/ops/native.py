@@ -146,12 +146,17 @@ def _team(process: int, threads: int) -> Any:
     return require_native().Team(threads)
 
 
-def pack(weight: Tensor | Quantised, precision: str = "float32", gated: bool = False) -> Any:
-    """weight [O, D] -> a fastloop._native.Weight in one of PRECISIONS. Rows [gate; up] where gated."""
+def pack(
+    weight: Tensor | Quantised, precision: str = "float32", gated: bool = False, group: int = GROUPS[0]
+) -> Any:
+    """weight [O, D] -> a fastloop._native.Weight in one of PRECISIONS. Rows [gate; up] where gated.
+
+    group: of int4, for a weight that is not quantised yet; one that the groups do not fit becomes int8.
+    """
     outputs, inputs = weight.shape
     if isinstance(weight, Tensor) and precision in QUANTISERS:
-        fits = precision != "int4" or inputs % GROUPS[0] == 0
-        weight = QUANTISERS[precision if fits else "int8"](weight)
+        fits = precision != "int4" or inputs % group == 0
+        weight = QUANTISERS[precision if fits else "int8"](weight, group)
     if isinstance(weight, Quantised):
         precision = weight.precision  # of an int4 model some matrices are int8
         source, scale, group = weight.values.contiguous(), weight.scale.contiguous(), weight.group

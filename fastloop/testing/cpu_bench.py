@@ -31,7 +31,7 @@ from .cases import byte_tokenizer
 
 PAGE = 64  # tokens
 CEILINGS = ("float32", "bfloat16", "int8", "read")
-WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5 + 2 / GROUPS[0]}
+WEIGHT_BYTES = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0, "int4": 0.5}  # without scales
 SECONDS = 2.0  # for each figure; three calls at least
 
 
@@ -65,9 +65,9 @@ class RandomWeights(Mapping[str, Any]):
     Matrices of the layers come quantised where the precision is int8 or int4, the rest in bfloat16.
     """
 
-    def __init__(self, config: ModelConfig, precision: str) -> None:
+    def __init__(self, config: ModelConfig, precision: str, group: int = GROUPS[0]) -> None:
         self.shapes = encoder_shapes(config) | decoder_shapes(config)
-        self.precision = precision
+        self.precision, self.group = precision, group
         self._tile = torch.randn(1 << 20).bfloat16()
 
     def __iter__(self) -> Iterator[str]:
@@ -93,8 +93,8 @@ class RandomWeights(Mapping[str, Any]):
             values = torch.randint(-127, 128, shape, dtype=torch.int8)
             return Quantised(values, torch.full((outputs,), gain / 73))
         values = torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8)
-        scale = torch.full((outputs, inputs // GROUPS[0]), gain / 4.6).bfloat16()
-        return Quantised(values, scale, GROUPS[0])
+        scale = torch.full((outputs, inputs // self.group), gain / 4.6).bfloat16()
+        return Quantised(values, scale, self.group)
 
 
 @dataclass(frozen=True)
@@ -142,12 +142,14 @@ class CpuBench:
         threads: int,
         seconds: float = SECONDS,
         kv_precision: str = "bfloat16",
+        group: int = GROUPS[0],
     ) -> None:
         self.size, self.precision, self.seconds = size, precision, seconds
         self.config = SIZES[size]()
         self.native = require_native()
         self.team = self.native.Team(threads)
-        weights = RandomWeights(self.config, precision)
+        self.group = group
+        weights = RandomWeights(self.config, precision, group)
         self.packed = PackedModel(Model(self.config, weights, byte_tokenizer(512)), precision)
         self.layout = self._layout(kv_precision)
 
@@ -156,6 +158,11 @@ class CpuBench:
         c, dtype = self.config.decoder, KV_DTYPES[kv_precision]
         ranges = torch.ones(c.layers, c.kv_heads, c.head_width) if dtype == torch.int8 else None
         return TileLayout(dtype, c.head_width, ranges)
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of one weight of the decoder, its share of a scale included."""
+        return WEIGHT_BYTES[self.precision] + (2 / self.group if self.precision == "int4" else 0)
 
     def ceilings(self) -> dict[str, float]:
         """Operations (float32, bfloat16, int8) and bytes (read) a second, of all threads together."""
@@ -246,7 +253,8 @@ class CpuBench:
         pages = -(-(context + rows) // PAGE)
         content, layout = torch.randn(1, pages * sessions, PAGE, c.kv_heads, c.head_width), self.layout
         keys, values = (
-            make(content).repeat(c.layers, 1, 1, 1, 1) for make in (layout.of_keys, layout.of_values)
+            layout.pool(c, pages * sessions, PAGE, "cpu").copy_(make(content))
+            for make in (layout.of_keys, layout.of_values)
         )
         hidden = torch.randn(total, c.width)
         position = torch.arange(context, context + rows).repeat(sessions)
@@ -306,12 +314,12 @@ class CpuBench:
         attention = 4.0 * c.layers * c.heads * c.head_width * seen * sessions
         operations = 2.0 * sessions * (rows * layers + head) + attention
         kv = 2.0 * c.layers * slot_bytes(c, self.layout.dtype) * (context + rows) * sessions
-        return operations, (layers + head) * WEIGHT_BYTES[self.precision] + kv
+        return operations, (layers + head) * self.weight_bytes + kv
 
     def linear(self, name: str, weight: Tensor | Quantised, rows: int) -> Figure:
         """One matrix of the model, in copies that together exceed the caches."""
         outputs, inputs = weight.shape
-        copies = max(2, min(16, int((192 << 20) / (outputs * inputs * WEIGHT_BYTES[self.precision]))))
+        copies = max(2, min(16, int((192 << 20) / (outputs * inputs * self.weight_bytes))))
         packed = [self.packed.pack(weight, self.precision) for _ in range(copies)]
         x, out, turn = torch.randn(rows, inputs), torch.empty(rows, outputs), iter(range(1 << 30))
 
@@ -331,13 +339,11 @@ class CpuBench:
             )
 
         operations = 2.0 * rows * outputs * inputs
-        return self.figure(
-            f"linear {name}", call, operations, outputs * inputs * WEIGHT_BYTES[self.precision]
-        )
+        return self.figure(f"linear {name}", call, operations, outputs * inputs * self.weight_bytes)
 
     def figures(self, sessions: list[int], contexts: list[int]) -> Iterator[Figure]:
         """All of them, one after the other."""
-        weights = RandomWeights(self.config, self.precision)
+        weights = RandomWeights(self.config, self.precision, self.group)
         for name in ("qkv", "out", "gate_up", "down"):
             for rows in (1, self.config.chunk_rows):
                 yield self.linear(f"{name} [{rows} rows]", weights[f"decoder.layers.0.{name}.weight"], rows)

@@ -38,11 +38,27 @@ def test_every_figure_stands_beside_its_floor(tmp_path: Path) -> None:
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
+def test_formats_of_pages_and_groups_of_weights(tmp_path: Path) -> None:
+    """Bytes read: half of one and a share of a scale for a weight, one and a share for a number kept."""
+    steps = {}
+    for kv, group in (("bfloat16", 32), ("int8", 64)):
+        out = tmp_path / f"{kv}.json"
+        options = ("--precision", "int4", "--kv", kv, "--group", group, "--contexts", "0,128")
+        assert run("--seconds", 0, *options, "--json", out).exit_code == 0
+        steps[kv] = [f["bytes"] for f in json.loads(out.read_text())["figures"] if f["name"] == "text token"]
+    weights = {kv: empty - (full - empty) / 128 for kv, (empty, full) in steps.items()}
+    assert weights["int8"] / weights["bfloat16"] == pytest.approx((0.5 + 2 / 64) / (0.5 + 2 / 32))
+    kept = {kv: full - empty for kv, (empty, full) in steps.items()}
+    assert kept["int8"] / kept["bfloat16"] == pytest.approx((64 + 4) / (2 * 64))
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (["--size", "7b"], "--size is '7b'; choose from nano"),
         (["--precision", "int3"], "--precision is 'int3'; choose from float32"),
+        (["--kv", "int4"], "--kv is 'int4'; choose from float32, bfloat16, int8"),
+        (["--group", "16"], "--group is 16; choose from 32, 64"),
         (["--sessions", "1,x"], "--sessions is '1,x'"),
         (["--sessions", "0"], "--sessions is '0'"),
         (["--contexts", "-5"], "--contexts is '-5'"),
