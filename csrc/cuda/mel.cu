@@ -263,7 +263,6 @@ extern "C" __global__ void __launch_bounds__(448, FASTLOOP_MEL_BLOCKS) mel(const
                 else loud = louder(value, loud);
                 if (column >= extra) y[(column - extra) * bins + c] = value;
             }
-            __syncwarp();  // the power has been used
         }
     }
     for (int near = 16; near > 0; near /= 2) {

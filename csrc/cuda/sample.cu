@@ -223,13 +223,13 @@ template <class T, int kShift> struct Row {
         return tally({own, 0}).mass;
     }
 
-    // The sums of a tally over the team, and what the warps and blocks had (s.warps, s.blocks).
+    // The sums of a tally over the team, and what the warps and blocks had (s.warps, s.blocks). Between two calls the team
+    // must meet; after the last one nobody reads another block's memory, so a block may leave.
     __device__ Tally tally(Tally own) const {
         for (int near = 16; near > 0; near /= 2) {
             own.mass += __shfl_xor_sync(~0u, own.mass, near);
             own.equals += __shfl_xor_sync(~0u, own.equals, near);
         }
-        __syncthreads();  // the tallies before have been read
         if (threadIdx.x % 32 == 0) s.warps[threadIdx.x / 32] = own;
         __syncthreads();
         if (threadIdx.x == 0) {
@@ -360,7 +360,6 @@ template <class T, int kShift> __device__ void sample_row(const SampleParams& p,
         const auto seed = static_cast<unsigned long long>(p.seed[row]), counter = static_cast<unsigned long long>(p.counter[row]);
         r.draw(uniform(seed, counter), cut, t, ties, p.tokens + row);
     }
-    team_sync();  // nobody leaves while his shared memory may be read
 }
 
 }  // namespace

@@ -144,7 +144,7 @@ inline bool mbarrier_passed(uint64_t* at, unsigned phase) {
         }
     }
     const bool passed = std::bit_cast<Mbarrier>(*at).phase != (phase & 1);
-    if (!passed) machine->yield();
+    if (!passed) machine->poll();
     return passed;
 }
 inline void mbarrier_wait(uint64_t* at, unsigned phase) {

@@ -75,7 +75,7 @@ inline void __syncwarp(unsigned mask = ~0u) { cuda_emulation::exchange(mask, &ma
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 inline void __threadfence_system() {}
-inline void __nanosleep(unsigned) { cuda_emulation::machine->yield(); }
+inline void __nanosleep(unsigned) { cuda_emulation::machine->poll(); }
 [[noreturn]] inline void __trap() { cuda_emulation::machine->fail("a trap"); }
 
 // Warp exchanges.

@@ -1,11 +1,13 @@
 // CUDA blocks on a CPU: every thread is a fiber, and one of those that can go on is chosen at a time.
 //
-// A fiber runs until it waits (barrier, warp exchange, poll), so between two waits nothing interleaves; which fiber goes
-// on is drawn from a seed (seed 0: in the order of their numbers). A missing barrier is a wrong result under some seed, a
-// barrier that not all threads reach is reported as a deadlock. Shared memory begins as 0xFF bytes: NaN, or -1.
+// A fiber runs until it waits (barrier, warp exchange, poll), so between two waits nothing interleaves. Which fiber goes on
+// depends on a seed: 0, the one that has waited longest; odd, any; even, the one of the highest priority, drawn at its start
+// (of its block and its own where 4 divides the seed), so that some threads lag behind all others as far as they can. A missing
+// barrier is a wrong result under some seed, a barrier that not all threads reach is reported as a deadlock. Shared memory begins as 0xFF bytes: NaN, or -1.
 // Blocks run `resident` clusters at a time, in an order drawn from the seed.
 #pragma once
 
+#include <algorithm>
 #include <csetjmp>
 #include <cstdarg>
 #include <cstddef>
@@ -104,6 +106,7 @@ struct Fiber {
     uint3 thread{};
     unsigned number = 0;  // in its block
     bool started = false, done = false;
+    uint64_t priority = 0;
     uint64_t cluster_token = 0;
     std::vector<Copy> open;               // cp.async not yet committed
     std::deque<std::vector<Copy>> groups;  // committed, oldest first
@@ -123,7 +126,6 @@ struct Configuration {
 
 class Machine;
 inline Machine* machine = nullptr;
-
 inline thread_local volatile char statics_exist;  // touched, so that the variables of this thread are there
 
 inline int find_statics(dl_phdr_info* info, size_t, void* found) {
@@ -174,21 +176,24 @@ class Machine {
 
     Fiber* now;
     const Configuration& configuration() const { return config_; }
-
     // The fiber that runs stops until somebody wakes it.
     void block(std::vector<Fiber*>& waiting) {
         waiting.push_back(now);
         to_machine();
     }
     void wake(std::vector<Fiber*>& waiting) {
-        for (Fiber* fiber : waiting) ready_.push_back(fiber);
+        for (Fiber* fiber : waiting) push(fiber);
         waiting.clear();
         polls_ = 0;
     }
-    // Others may go on.
-    void yield() {
+    // Others may go on. A fiber that polls is the last one whose turn it is.
+    void poll() {
         if (++polls_ > kMostPolls) fail("a loop polls what never comes (block %u)", now->block->index.x);
-        ready_.push_back(now);
+        now->priority = --least_;
+        yield();
+    }
+    void yield() {
+        push(now);
         to_machine();
     }
     void progress() { polls_ = 0; }
@@ -236,6 +241,13 @@ class Machine {
     }
 
   private:
+    bool by_priority() const { return config_.seed && config_.seed % 2 == 0; }
+    static bool lower(const Fiber* a, const Fiber* b) { return a->priority < b->priority; }
+    void push(Fiber* fiber) {
+        ready_.push_back(fiber);
+        if (by_priority()) std::push_heap(ready_.begin(), ready_.end(), lower);
+    }
+
     bool check() {
         const auto& c = config_;
         const unsigned threads = c.block.x * c.block.y * c.block.z;
@@ -270,6 +282,7 @@ class Machine {
             memset(shared, kPoison, c.shared);
             memset(block->shared + c.shared, 0xA5, kCanary);
             block->statics.assign(statics_.second, kPoison);
+            const uint64_t rank_of_block = draw(1 << 20);
             for (unsigned t = 0; t < threads; ++t) {
                 auto fiber = std::make_unique<Fiber>();
                 fiber->block = block.get();
@@ -277,7 +290,8 @@ class Machine {
                 fiber->thread = {t % c.block.x, t / c.block.x % c.block.y, t / c.block.x / c.block.y};
                 block->warps[t / kWarp].live |= 1u << t % kWarp;
                 fiber->stack = take_stack();
-                ready_.push_back(fiber.get());
+                fiber->priority = (1ull << 62) + (config_.seed % 4 ? 0 : rank_of_block << 32) + draw(1ull << 31);
+                push(fiber.get());
                 fibers_.push_back(std::move(fiber));
             }
             cluster->blocks.push_back(std::move(block));
@@ -289,7 +303,11 @@ class Machine {
     void step() {
         if (ready_.empty()) return report(deadlock());
         Fiber* fiber;
-        if (config_.seed) {
+        if (by_priority()) {
+            std::pop_heap(ready_.begin(), ready_.end(), lower);
+            fiber = ready_.back();
+            ready_.pop_back();
+        } else if (config_.seed) {
             const size_t i = draw(ready_.size());
             std::swap(ready_[i], ready_.back());
             fiber = ready_.back();
@@ -435,8 +453,8 @@ class Machine {
     const Configuration config_;
     void (*kernel_)(void**);
     void** arguments_;
-    uint64_t random_;
-    uint64_t polls_ = 0;
+    uint64_t random_, polls_ = 0;
+    uint64_t least_ = 1ull << 62;  // priorities of those that have polled, in turn
     std::string problem_;
     std::deque<Fiber*> ready_;
     std::vector<std::unique_ptr<Fiber>> fibers_;
@@ -451,8 +469,8 @@ class Machine {
 };
 
 inline Fiber& fiber() { return *machine->now; }
-inline unsigned lane() { return machine->now->number % kWarp; }
-inline Warp& warp() { return machine->now->block->warps[machine->now->number / kWarp]; }
+inline unsigned lane() { return fiber().number % kWarp; }
+inline Warp& warp() { return fiber().block->warps[fiber().number / kWarp]; }
 
 // Every lane of `mask` hands in `bytes` bytes and gets those of all.
 inline const unsigned char (*exchange(unsigned mask, const void* value, size_t bytes))[64] {
