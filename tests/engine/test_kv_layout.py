@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import hypothesis.strategies as st
 import numpy as np
@@ -15,7 +17,7 @@ from torch import Tensor
 from fastloop.checkpoint import Model
 from fastloop.config import ConfigError, small
 from fastloop.engine import Engine
-from fastloop.engine.kv_layout import RowLayout, TileLayout, key_range, quantise_rows
+from fastloop.engine.kv_layout import LARGE, RowLayout, TileLayout, key_range, quantise_rows
 from fastloop.ops.native import native, reason
 from fastloop.options import EngineConfig, SessionConfig
 from fastloop.quantise import QUANTISERS
@@ -70,6 +72,28 @@ def test_a_row_that_is_not_finite_is_nan_alone() -> None:
         assert torch.equal(kept, clean)
     whole, scale = quantise_rows(torch.zeros(2, 32))
     assert not whole.any() and not scale.any()
+
+
+def flags_of(address: int) -> list[str]:
+    """VmFlags of the mapping that an address lies in."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+            first, last = (int(x, 16) for x in line.split()[0].split("-"))
+            inside = first <= address < last
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    raise LookupError(hex(address))
+
+
+@pytest.mark.skipif(
+    not Path("/sys/kernel/mm/transparent_hugepage/enabled").exists(), reason="no huge pages here"
+)
+def test_large_pools_ask_for_huge_pages() -> None:
+    layout = TileLayout(torch.bfloat16, 32)
+    pool = layout.pool(TILED.decoder, 1024, 64, "cpu")
+    assert pool.nbytes > LARGE and not pool.any()
+    assert "hg" in flags_of(pool.data_ptr() + pool.nbytes // 2)
 
 
 @pytest.mark.parametrize("quantised", ["", "int8", "int4"])
