@@ -14,7 +14,7 @@ constexpr const char* WHERE = "cuda_linear";
 constexpr size_t LEAST_STEPS = 2;  // of a split: stages of the ring
 constexpr size_t MOST_WGMMA = 8;   // blocks of a cluster that every GPU of sm_90 takes
 constexpr size_t MOST_MMA = 16;
-constexpr size_t COUNTERS = 4096;  // at the front of a workspace, however many are used: so that calls of all sizes share it
+constexpr size_t COUNTERS = 4096;  // in front of a workspace, however many are used: calls of all sizes share it
 
 struct Plan {
     bool wgmma;
@@ -30,7 +30,8 @@ bool multiple(const void* address, size_t of) { return reinterpret_cast<uintptr_
 // 132 processors: 16 tiles, 32 steps: 8 ranges, 128 blocks; gate and up: 172 tiles, 1.
 unsigned choose_splits(size_t tiles, size_t steps, size_t processors, size_t most) {
     size_t splits = 1;
-    while (2 * splits <= most && tiles * splits < processors && tiles <= COUNTERS && steps >= 2 * splits * LEAST_STEPS) splits *= 2;
+    if (tiles > COUNTERS) return 1;
+    while (2 * splits <= most && tiles * splits < processors && steps >= 2 * splits * LEAST_STEPS) splits *= 2;
     return static_cast<unsigned>(splits);
 }
 
@@ -99,7 +100,8 @@ Plan plan(const fastloop_cuda_linear_params& p, const Device& device) {
     made.row_block = p.rows <= 8 ? 8 : p.rows <= 16 ? 16 : p.rows <= 32 ? 32 : 64;
     made.tiles = static_cast<unsigned>(up(width_of(p), p.gated ? LINEAR_CHANNELS / 2 : LINEAR_CHANNELS));
     made.row_blocks = static_cast<unsigned>(up(p.rows, made.row_block));
-    const size_t steps = up(p.in, static_cast<size_t>(linear_depth(p.weight_format))), most = made.wgmma ? MOST_WGMMA : MOST_MMA;
+    const size_t steps = up(p.in, static_cast<size_t>(linear_depth(p.weight_format)));
+    const size_t most = made.wgmma ? MOST_WGMMA : MOST_MMA;
     const size_t blocks = static_cast<size_t>(made.tiles) * made.row_blocks;
     if (p.splits < 0 || static_cast<size_t>(p.splits) > most)
         fail(FASTLOOP_BAD_ARGUMENT, "%s: splits is %d, at most %zu are", WHERE, p.splits, most);

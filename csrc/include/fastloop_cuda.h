@@ -55,8 +55,8 @@ typedef enum fastloop_cuda_weights {
     FASTLOOP_CUDA_WEIGHTS_INT4 = 2 /* two in a byte, input 2 i in the low nibble, weight + 8; a scale for each group */
 } fastloop_cuda_weights;
 
-/* linear: out = epilogue(x W^T + bias) + residual in bfloat16, sums in float32. A result is the same to the bit in every
- * run, whatever the other rows are. */
+/* linear: out = epilogue(x W^T + bias) + residual in bfloat16, sums in float32. A row's result is the same to the bit in
+ * every run, whatever the other rows hold; up to 64 rows, the depth is split in the same way for any number of them. */
 typedef struct fastloop_cuda_linear_params {
     size_t struct_size;
     fastloop_cuda_module* module; /* of linear */
