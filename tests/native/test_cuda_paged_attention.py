@@ -80,6 +80,17 @@ def test_of_many_sequences(check: Callable[..., None], blocks: int) -> None:
     check("paged_attention", case, blocks=blocks)
 
 
+@pytest.mark.parametrize("seed", [2, 6, 10])
+@pytest.mark.parametrize("blocks", [4, 40])
+def test_the_last_block_finds_all_parts(check: Callable[..., None], seed: int, blocks: int) -> None:
+    """Several blocks of a tile at the same time, some threads far behind: no part is missing."""
+    case = paged_attention_case(
+        seeded(blocks), rows=(13, 1, 0, 26), lens=(400, 333, 0, 90), heads=16, kv_heads=2, head_width=64,
+        gaps=((5, 170), (0, 300), (0, 0), (3, 60)), dtype=torch.bfloat16,
+    )  # fmt: skip
+    check("paged_attention", case, seed=seed, blocks=blocks, resident=6)
+
+
 @examples
 @given(data=st.data())
 def test_of_ragged_batches(check: Callable[..., None], data: st.DataObject) -> None:

@@ -2,8 +2,8 @@
 //
 // A fiber runs until it waits (barrier, warp exchange, poll), so between two waits nothing interleaves. Which fiber goes on
 // depends on a seed: 0, the one that has waited longest; odd, any; even, the one of the highest priority, drawn at its start
-// (of its block and its own where 4 divides the seed), so that some threads lag behind all others as far as they can. A missing
-// barrier is a wrong result under some seed, a barrier that not all threads reach is reported as a deadlock. Shared memory begins as 0xFF bytes: NaN, or -1.
+// (for its block, too, where 4 divides the seed) and now and then anew, so that some lag behind all others. A missing barrier
+// is a wrong result under some seed, a barrier that not all threads reach is reported as a deadlock. Shared memory begins as 0xFF bytes: NaN, or -1.
 // Blocks run `resident` clusters at a time, in an order drawn from the seed.
 #pragma once
 
@@ -30,12 +30,8 @@
 #include <sanitizer/common_interface_defs.h>
 #endif
 
-struct uint3 {
-    unsigned x, y, z;
-};
-struct dim3 {
-    unsigned x = 1, y = 1, z = 1;
-};
+struct uint3 { unsigned x, y, z; };
+struct dim3 { unsigned x = 1, y = 1, z = 1; };
 
 namespace cuda_emulation {
 
@@ -182,7 +178,10 @@ class Machine {
         to_machine();
     }
     void wake(std::vector<Fiber*>& waiting) {
-        for (Fiber* fiber : waiting) push(fiber);
+        for (Fiber* fiber : waiting) {
+            if (by_priority() && draw(32) == 0) fiber->priority = (1ull << 61) + draw(1ull << 31);  // now it lags
+            push(fiber);
+        }
         waiting.clear();
         polls_ = 0;
     }
@@ -454,7 +453,7 @@ class Machine {
     void (*kernel_)(void**);
     void** arguments_;
     uint64_t random_, polls_ = 0;
-    uint64_t least_ = 1ull << 62;  // priorities of those that have polled, in turn
+    uint64_t least_ = 1ull << 60;  // priorities of those that have polled, in turn
     std::string problem_;
     std::deque<Fiber*> ready_;
     std::vector<std::unique_ptr<Fiber>> fibers_;
