@@ -99,7 +99,7 @@ def version() -> str:
 
 
 EXTRAS = {
-    "cuda": ["flash-attn", "cupy-cuda13x", "nvidia-ml-py"],
+    "cuda": ["flash-attn", "cupy-cuda13x", "cuda-bindings", "nvidia-ml-py"],
     "serve": ["starlette", "uvicorn", "msgspec", "prometheus-client"],
     "train": [
         "lightning",

@@ -392,6 +392,4 @@ FASTLOOP_API fastloop_status fastloop_ceiling(int32_t kind, fastloop_team* team,
 #ifdef __cplusplus
 }
 #endif
-
-#include "fastloop_cuda.h"
 #endif
