@@ -111,6 +111,17 @@ def gpu_of(op: str, **tensors: Tensor | None) -> Gpu:
     return gpu(home)
 
 
+def _launch(home: Gpu, op: str, call: Any) -> None:
+    """A planned call, such as fastloop._native.cuda.Linear, on torch's stream with its scratch memory."""
+    workspace = home.workspace(op, call.workspace_bytes)
+    call.launch(
+        workspace=address(workspace),
+        workspace_bytes=0 if workspace is None else workspace.numel(),
+        dependent=_dependent.get(),
+        stream=home.stream(),
+    )
+
+
 def linear_cuda(
     x: Tensor,
     weight: Tensor,
@@ -194,13 +205,7 @@ def _linear(
         scale=address(scale),
         group=group,
     )
-    workspace = home.workspace("linear", call.workspace_bytes)
-    call.launch(
-        workspace=address(workspace),
-        workspace_bytes=0 if workspace is None else workspace.numel(),
-        dependent=_dependent.get(),
-        stream=home.stream(),
-    )
+    _launch(home, "linear", call)
     return y
 
 
@@ -301,13 +306,7 @@ def paged_attention_cuda(
         out=address(out),
         blocks=blocks,
     )
-    workspace = home.workspace("paged_attention", call.workspace_bytes)
-    call.launch(
-        workspace=address(workspace),
-        workspace_bytes=0 if workspace is None else workspace.numel(),
-        dependent=_dependent.get(),
-        stream=home.stream(),
-    )
+    _launch(home, "paged_attention", call)
     return out
 
 

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from ..config import ConfigError
 from .builder import build
 from .evaluate import Scores
 from .scorecard import write_json
@@ -48,7 +49,7 @@ class Row:
 def rows(stage: Stage) -> dict[str, Row]:
     """All lines. With another chunk, a batch holds as many seconds."""
     if stage.model is None:
-        raise ValueError(f"stage {stage.name!r} makes no model: an ablation starts from random weights")
+        raise ConfigError(f"stage {stage.name!r} makes no model: an ablation starts from random weights")
     frames = stage.model.chunk_frames
 
     def chunk(to: int) -> Row:
