@@ -147,9 +147,9 @@ class TrainableDecoder(Decoder):
 def causal_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Causal attention as plain matrix products: q [B, H, T, K], k, v [B, G, T, K] -> [B, H, T, K].
 
-    On a CPU in bfloat16, forward and backward, this takes half of the fused kernel's time at 500 positions, two
-    thirds at 1,000 and as much at 2,000 (bench/bench_training.py). Queries go in blocks, so that the half of the scores
-    that is masked is mostly not computed; the heads of a group are rows of one product.
+    On a CPU in bfloat16, forward and backward, this takes half of the fused kernel's time at 500 positions,
+    two thirds at 1,000 and as much at 2,000 (bench/bench_training.py). Queries go in blocks, so that the
+    half of the scores that is masked is mostly not computed; the heads of a group are rows of one product.
     """
     length, width = q.shape[2:]
     groups = k.shape[1]
