@@ -2,7 +2,7 @@
 
     config.json    {"format": "fastloop-1", "model": {the fields of ModelConfig}}
     weights        names and shapes of `encoder_shapes` and `decoder_shapes`, one dtype; the matrices of the
-                   layers may be int8 or int4 (fastloop.stored)
+                   layers may be int8, fp8 or int4 (fastloop.stored)
 
 Nothing else is loaded. Loading checks everything before it takes memory, names all that is wrong at
 once, never unpickles, and maps the weights: a second process that loads the same checkpoint shares its
@@ -62,15 +62,15 @@ class Model:
     config: ModelConfig
     weights: Mapping[str, Tensor]
     tokenizer: Tokenizer
-    quantised: Mapping[str, Quantised] = field(default_factory=dict)  # matrices kept as int8 or int4
+    quantised: Mapping[str, Quantised] = field(default_factory=dict)  # matrices kept in few bits
 
     @functools.cached_property
     def encoder(self) -> Encoder:
-        return Encoder(self.config, self.weights)
+        return Encoder(self.config, self.weights, self.quantised)
 
     @functools.cached_property
     def decoder(self) -> Decoder:
-        return Decoder(self.config, self.weights)
+        return Decoder(self.config, self.weights, self.quantised)
 
     @property
     def device(self) -> torch.device:
@@ -81,15 +81,26 @@ class Model:
         return self.weights["decoder.embed.weight"].dtype
 
     @property
-    def weight_bytes(self) -> int:
+    def tensors(self) -> list[Tensor]:
+        """All of them, the parts of quantised matrices too."""
         parts = [part for matrix in self.quantised.values() for part in stored.parts(matrix)]
-        return sum(tensor.nbytes for tensor in (*self.weights.values(), *parts))
+        return [*self.weights.values(), *parts]
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def precision(self) -> str | None:
-        """What most bytes of the decoder's layers are kept as: "int8", "int4", or None: floats."""
+        """What most bytes of the decoder's layers are kept as: "int8", "fp8", "int4", or None: floats."""
         found = {m.precision for name, m in self.quantised.items() if name.startswith("decoder.")}
-        return "int4" if "int4" in found else "int8" if found else None
+        return next((kept for kept in ("int4", "fp8", "int8") if kept in found), None)
+
+    def to(self, device: torch.device | str) -> Model:
+        """The same model with its weights on a device."""
+        weights = {name: tensor.to(device) for name, tensor in self.weights.items()}
+        matrices = {name: matrix.to(device) for name, matrix in self.quantised.items()}
+        return Model(self.config, weights, self.tokenizer, matrices)
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -247,9 +258,9 @@ def load(
     """Load a checkpoint: a packaged model by name, or a directory.
 
     The weights are views of the mapped file; with another dtype or device they are read piece by piece
-    into their place. Quantised matrices are for the native runner; asked for a dtype, or on another device,
-    they are dequantised. The file must not be changed in place while it is mapped (`save` and `fastloop
-    convert` never do that). CheckpointError names everything that is wrong.
+    into their place. Quantised matrices stay so, on every device; asked for a dtype, they are dequantised.
+    The file must not be changed in place while it is mapped (`save` and `fastloop convert` never do that).
+    CheckpointError names everything that is wrong.
     """
     directory = resolve(path_or_name)
     absent = [name for name in (CONFIG, WEIGHTS, TOKENIZER) if not (directory / name).is_file()]
@@ -275,10 +286,16 @@ def load(
         if torch.device(device).type == "cpu" and wanted == kept and not precisions:
             return Model(config, map_tensors(file, {name: entries[name] for name in shapes}), tokenizer)
         target = wanted or kept
-        weights = {name: _read(file, name, entries, precisions.get(name), target, device) for name in shapes}
+        few = precisions if wanted is None else {}  # what stays quantised
+        matrices = {name: _read_quantised(file, name, entries, p, device) for name, p in few.items()}
+        weights = {
+            name: _read(file, name, entries, precisions.get(name), target, device)
+            for name in shapes
+            if name not in few
+        }
     for name, tensor in weights.items() if wanted not in (None, kept) else ():
         require_finite(tensor, name)
-    return Model(config, weights, tokenizer)
+    return Model(config, weights, tokenizer, matrices)
 
 
 def _refuse_tensors(
@@ -310,9 +327,17 @@ def _read(
     """One weight in a dtype on a device; a quantised matrix dequantised."""
     if precision is None:
         return read_tensor(file, entries[name], dtype, device)
+    matrix = _read_quantised(file, name, entries, precision, "cpu")
+    return matrix.dequantised().to(device=device, dtype=dtype)
+
+
+def _read_quantised(
+    file: BinaryIO, name: str, entries: Mapping[str, Entry], precision: str, device: torch.device | str
+) -> Quantised:
+    """One matrix as it is stored, on a device."""
     names = (f"{name}.{precision}", f"{name}.scale")
-    pair = {part: read_tensor(file, entries[part], entries[part].dtype) for part in names}
-    return stored.joined(name, precision, pair).dequantised().to(device=device, dtype=dtype)
+    pair = {part: read_tensor(file, entries[part], entries[part].dtype, device) for part in names}
+    return stored.joined(name, precision, pair)
 
 
 def _open(path: Path) -> BinaryIO:

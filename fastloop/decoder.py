@@ -17,7 +17,9 @@ from torch import Tensor
 
 from . import ops
 from .config import ModelConfig
+from .ops.linear_quantised import linear_kept
 from .ops.rope_append import rotate
+from .quantise import Quantised
 
 
 def decoder_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -54,11 +56,19 @@ class StepRows:
 
 
 class Decoder:
-    """The language model over a mapping of weights named as in `decoder_shapes`."""
+    """The language model over weights named as in `decoder_shapes`; some matrices of the layers may be kept
+    quantised instead.
+    """
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        quantised: Mapping[str, Quantised] | None = None,
+    ) -> None:
         self.config = config
         self.weights = weights
+        self.quantised = quantised or {}
         self.embedding = weights["decoder.embed.weight"]  # [V, D]
         self.head = self.embedding if config.decoder.tied else weights["decoder.head.weight"]  # [V, D]
         tokens = config.tokens
@@ -82,17 +92,22 @@ class Decoder:
     def _layer(self, x: Tensor, name: str, rows: StepRows, k_pages: Tensor, v_pages: Tensor) -> Tensor:
         w, eps = self.weights, self.config.decoder.norm_eps
         y = ops.rms_norm(x, w[name + "norm1.weight"], eps)
-        qkv = ops.linear(y, w[name + "qkv.weight"])
+        qkv = self._linear(y, name + "qkv.weight")
         q = ops.rope_append(
             qkv, w[name + "qkv.bias"], rows.positions, rows.slots, self.inv_freq, k_pages, v_pages
         )
         y = ops.paged_attention(
             q, k_pages, v_pages, rows.block_table, rows.row_starts, rows.kv_lens, rows.gaps
         )
-        x = ops.linear(y.flatten(1), w[name + "out.weight"], residual=x)
+        x = self._linear(y.flatten(1), name + "out.weight", residual=x)
         y = ops.rms_norm(x, w[name + "norm2.weight"], eps)
-        y = ops.linear(y, w[name + "gate_up.weight"], epilogue="silu_gate")
-        return ops.linear(y, w[name + "down.weight"], residual=x)
+        y = self._linear(y, name + "gate_up.weight", "silu_gate")
+        return self._linear(y, name + "down.weight", residual=x)
+
+    def _linear(self, x: Tensor, name: str, epilogue: str = "none", residual: Tensor | None = None) -> Tensor:
+        """x [N, D] times a matrix of a layer, as it is kept."""
+        weight = self.quantised[name] if name in self.quantised else self.weights[name]
+        return linear_kept(x, weight, None, epilogue, residual)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, D] -> logits [R, V] over the whole vocabulary (text only)."""
@@ -103,7 +118,10 @@ class Decoder:
         """Whole sequences at once, without a cache and differentiable: x [B, T, D] -> hidden [B, T, D].
 
         For training and for checking the streaming path; positions are 0..T-1, attention is causal.
+        ValueError with quantised weights, which have no gradient.
         """
+        if self.quantised:
+            raise ValueError("Decoder.sequence: takes float weights; load the checkpoint with a dtype")
         positions = torch.arange(x.shape[1], device=x.device)
         for i in range(self.config.decoder.layers):
             x = self._sequence_layer(x, f"decoder.layers.{i}.", positions)

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from . import ops
 from .config import MEL_BINS, ModelConfig
+from .ops.linear_quantised import linear_kept
+from .quantise import Quantised
 
 
 def encoder_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -62,11 +64,19 @@ def sinusoids(length: int, width: int) -> Tensor:
 
 
 class Encoder:
-    """The audio tower over a mapping of weights named as in `encoder_shapes`."""
+    """The audio tower over weights named as in `encoder_shapes`; some matrices of the layers may be kept
+    quantised instead.
+    """
 
-    def __init__(self, config: ModelConfig, weights: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: Mapping[str, Tensor],
+        quantised: Mapping[str, Quantised] | None = None,
+    ) -> None:
         self.config = config
         self.weights = weights
+        self.quantised = quantised or {}
         first = weights["encoder.conv1.weight"]
         longest = max(config.chunk_frames, config.encoder.block_frames) // 2
         table = sinusoids(longest, config.encoder.width)
@@ -111,12 +121,18 @@ class Encoder:
         """One pre-LayerNorm layer on rows [B T, E]."""
         w, eps = self.weights, self.config.encoder.norm_eps
         y = ops.layer_norm(x, w[name + "norm1.weight"], w[name + "norm1.bias"], eps)
-        qkv = ops.linear(y, w[name + "qkv.weight"], w[name + "qkv.bias"])
+        qkv = self._linear(y, name + "qkv")
         y = ops.block_attention(qkv.view(batch, -1, qkv.shape[-1]), self.config.encoder.heads)
-        x = ops.linear(y.flatten(0, 1), w[name + "out.weight"], w[name + "out.bias"], residual=x)
+        x = self._linear(y.flatten(0, 1), name + "out", residual=x)
         y = ops.layer_norm(x, w[name + "norm2.weight"], w[name + "norm2.bias"], eps)
-        y = ops.linear(y, w[name + "fc1.weight"], w[name + "fc1.bias"], epilogue="gelu")
-        return ops.linear(y, w[name + "fc2.weight"], w[name + "fc2.bias"], residual=x)
+        y = self._linear(y, name + "fc1", "gelu")
+        return self._linear(y, name + "fc2", residual=x)
+
+    def _linear(self, x: Tensor, name: str, epilogue: str = "none", residual: Tensor | None = None) -> Tensor:
+        """x [N, E] times a matrix of a layer, as it is kept, with its bias."""
+        matrix = name + ".weight"
+        weight = self.quantised[matrix] if matrix in self.quantised else self.weights[matrix]
+        return linear_kept(x, weight, self.weights[name + ".bias"], epilogue, residual)
 
     def _head(self, hidden: Tensor) -> Tensor:
         """hidden [B, T, E] -> audio tokens [B, T // 2, D]; an odd last position is dropped."""

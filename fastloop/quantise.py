@@ -1,10 +1,12 @@
-"""Quantised weights: int8 with a scale per output channel, int4 with a scale per channel and group of inputs.
+"""Quantised weights: int8 and fp8 with a scale per output channel, int4 with a scale per group of inputs.
 
     w [O, D] -> int8   q [O, D] in -127..127,            scale float32 [O]            w ~ q scale
+             -> fp8    q [O, D] float8_e4m3fn,           scale float32 [O]
              -> int4   q [O, D] in -8..7, two in a byte, scale bfloat16 [O, D / group]
 
-Symmetric, round to nearest. Activations are rounded to int8 row by row inside the kernels. Sources:
-LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339) for the row-wise scales; group-wise int4 as in GPTQ
+Symmetric, round to nearest. The native runner rounds activations to int8 row by row inside its kernels; the
+op linear_quantised leaves them as they are. Sources: LLM.int8() (Dettmers et al. 2022, arXiv 2208.07339) for
+the row-wise scales; FP8 formats (Micikevicius et al. 2022, arXiv 2209.05433); group-wise int4 as in GPTQ
 (Frantar et al. 2022, arXiv 2210.17323) and llama.cpp's Q4_0.
 """
 
@@ -17,15 +19,16 @@ import torch
 from torch import Tensor
 
 GROUPS = (32, 64)
+FP8_MOST = torch.finfo(torch.float8_e4m3fn).max  # 448
 PIECE_VALUES = 1 << 22  # of a weight that are quantised at a time
 SEARCHED = torch.linspace(0.85, 1.0, 6)  # factors of the plain int4 scale that are tried
 
 
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix [O, D] as integers and scales; group: inputs that share a scale, 0 for the whole channel."""
+    """A matrix [O, D] in few bits and scales; group: inputs that share a scale, 0 for the whole channel."""
 
-    values: Tensor  # int8 [O, D], or uint8 [O, D / 2]: two int4 in a byte
+    values: Tensor  # int8 or float8_e4m3fn [O, D], or uint8 [O, D / 2]: two int4 in a byte
     scale: Tensor  # float32 [O], or bfloat16 [O, D / group]
     group: int = 0
 
@@ -35,7 +38,13 @@ class Quantised:
 
     @property
     def precision(self) -> str:
-        return "int4" if self.group else "int8"
+        if self.group:
+            return "int4"
+        return "int8" if self.values.dtype == torch.int8 else "fp8"
+
+    def to(self, device: torch.device | str) -> Quantised:
+        """The same matrix on a device."""
+        return Quantised(self.values.to(device), self.scale.to(device), self.group)
 
     def dequantised(self) -> Tensor:
         """float32 [O, D]."""
@@ -52,8 +61,16 @@ def quantise_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return q.to(torch.int8), scale
 
 
+def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight [O, D], any float -> float8_e4m3fn [O, D], scale float32 [O]; a channel of zeros has scale 0."""
+    wide = weight.float()
+    scale = wide.abs().amax(1) / FP8_MOST
+    values = (wide / scale.clamp(min=1e-30)[:, None]).clamp(-FP8_MOST, FP8_MOST)
+    return values.to(torch.float8_e4m3fn), scale
+
+
 def dequantise_int8(q: Tensor, scale: Tensor) -> Tensor:
-    """The weights that (q, scale) stand for, float32 [O, D]."""
+    """The weights that (q, scale) stand for, q int8 or float8_e4m3fn, float32 [O, D]."""
     return q.float() * scale[:, None]
 
 
@@ -108,8 +125,16 @@ def _int8(weight: Tensor, group: int = GROUPS[0]) -> Quantised:
     return Quantised(*_in_pieces(quantise_int8, weight))
 
 
+def _fp8(weight: Tensor, group: int = GROUPS[0]) -> Quantised:
+    return Quantised(*_in_pieces(quantise_fp8, weight))
+
+
 def _int4(weight: Tensor, group: int = GROUPS[0]) -> Quantised:
     return Quantised(*_in_pieces(lambda piece: quantise_int4(piece, group), weight), group)
 
 
-QUANTISERS: dict[str, Callable[..., Quantised]] = {"int8": _int8, "int4": _int4}  # (weight, group)
+QUANTISERS: dict[str, Callable[..., Quantised]] = {
+    "int8": _int8,
+    "int4": _int4,
+    "fp8": _fp8,
+}  # (weight, group)

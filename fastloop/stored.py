@@ -2,6 +2,7 @@
 
     N        float [O, D]
     N.int8   int8 [O, D]        N.scale   float32 [O]
+    N.fp8    float8_e4m3fn [O, D]         float32 [O]
     N.int4   uint8 [O, D / 2]   N.scale   bfloat16 [O, D / group], group 32 or 64 in all of a file
 
 Quantised are the matrices of the layers; embedding, head, stem and biases (the K bias above all) stay floats.
@@ -18,15 +19,19 @@ from torch import Tensor
 from .quantise import GROUPS, QUANTISERS, Quantised
 from .tensorfile import Kind, Shape
 
+CHANNELS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}  # precisions with one scale a channel
+
 
 def precision_of(name: str, shape: Shape, wanted: str | None, group: int = GROUPS[0]) -> str | None:
-    """What a tensor becomes in a checkpoint of precision `wanted`: "int8", "int4", or None: it stays a float.
+    """What a tensor becomes in a checkpoint of precision `wanted`: "int8", "fp8", "int4", or None: it stays a
+    float.
 
     Under int4 the encoder's matrices, whose rows are few, and those that the groups do not fit are int8.
     """
     if wanted is None or len(shape) != 2 or ".layers." not in name:
         return None
-    return "int8" if name.startswith("encoder.") or shape[1] % group else wanted
+    four = wanted == "int4"
+    return "int8" if four and (name.startswith("encoder.") or shape[1] % group) else wanted
 
 
 def precisions_in(shapes: Mapping[str, Shape], found: Iterable[str]) -> dict[str, str]:
@@ -66,8 +71,8 @@ def kinds_of(
             kinds[name] = (dtype, shape)
             continue
         outputs, inputs = shape
-        if precision == "int8":
-            kinds[f"{name}.int8"] = (torch.int8, shape)
+        if precision != "int4":
+            kinds[f"{name}.{precision}"] = (CHANNELS[precision], shape)
             kinds[f"{name}.scale"] = (torch.float32, (outputs,))
         else:
             kinds[f"{name}.int4"] = (torch.uint8, (outputs, inputs // 2))

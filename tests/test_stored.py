@@ -21,6 +21,7 @@ from fastloop.quantise import (
     QUANTISERS,
     dequantise_int4,
     dequantise_int8,
+    quantise_fp8,
     quantise_int4,
     quantise_int8,
 )
@@ -28,8 +29,10 @@ from fastloop.stored import precision_of
 from fastloop.testing.cases import random_model, random_sound
 from fastloop.testing.tolerance import relative_error
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 needs_native = pytest.mark.skipif(native is None, reason=reason)
-PRECISIONS = ("int8", "int4")
+PRECISIONS = ("int8", "int4", "fp8")
+CHANNELS = {"int8": quantise_int8, "fp8": quantise_fp8}
 
 
 @pytest.fixture(scope="module")
@@ -106,9 +109,35 @@ def test_what_is_stored_is_what_was_quantised(kept: Path, model: Model) -> None:
             continue
         matrix = loaded.quantised[name]
         assert matrix.precision == precision and matrix.shape == tuple(weight.shape)
-        expected = quantise_int8(weight) if precision == "int8" else quantise_int4(weight)
-        assert torch.equal(matrix.values, expected[0]) and torch.equal(matrix.scale, expected[1])
+        values, scale = CHANNELS.get(precision, quantise_int4)(weight)
+        assert torch.equal(matrix.values, values) and torch.equal(matrix.scale, scale)
     assert set(loaded.weights) | set(loaded.quantised) == set(model.weights)
+
+
+def test_an_fp8_checkpoint_is_fp8_in_every_matrix_of_the_layers(tmp_path: Path, plain: Path) -> None:
+    """Biases, the K bias above all, embedding, head and stem are floats; every matrix has its error told."""
+    report = convert(plain, tmp_path / "m", dtype="fp8")
+    loaded = load(tmp_path / "m")
+    kept = {name for name, w in load(plain).weights.items() if w.dim() == 2 and ".layers." in name}
+    assert set(loaded.quantised) == set(report.errors) == kept
+    assert {m.values.dtype for m in loaded.quantised.values()} == {torch.float8_e4m3fn}
+    assert all(0.01 < error < 0.04 for error in report.errors.values())  # 3 bits of mantissa
+    assert loaded.weights["decoder.layers.0.qkv.bias"].dtype == torch.bfloat16
+    assert report.weight_bytes == loaded.weight_bytes
+
+
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=needs_gpu)])
+def test_on_another_device_they_stay_as_they_are(kept: Path, device: str) -> None:
+    here, there = load(kept), load(kept, device=device)
+    assert there.precision == kept.name and set(there.weights) == set(here.weights)
+    for name, matrix in here.quantised.items():
+        moved = there.quantised[name]
+        assert moved.values.device.type == moved.scale.device.type == device
+        assert (moved.precision, moved.shape) == (matrix.precision, matrix.shape)
+        if device == "cuda":
+            assert torch.equal(moved.dequantised().cpu(), matrix.dequantised())
+    assert there.weight_bytes == here.weight_bytes
+    assert not load(kept, dtype="bfloat16", device=device).quantised
 
 
 def test_a_dtype_dequantises(kept: Path) -> None:
@@ -188,6 +217,8 @@ def test_wrong_parts_are_named(kept: Path, tmp_path: Path) -> None:
 @needs_native
 def test_a_quantised_checkpoint_listens_as_its_source_packed_so(kept: Path, plain: Path) -> None:
     """The engine on the stored integers == the engine that quantises the float checkpoint itself."""
+    if kept.name == "fp8":
+        pytest.skip("the native runner has no fp8 weights")
     events = []
     source = load(plain, dtype="bfloat16")
     for loaded, precision in ((load(kept), "auto"), (source, kept.name)):
@@ -205,8 +236,11 @@ def test_a_quantised_checkpoint_listens_as_its_source_packed_so(kept: Path, plai
 @needs_native
 def test_runners_refuse_what_they_cannot_serve(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loaded = load(kept)
-    with pytest.raises(ConfigError, match="eager runner cannot serve int"):
-        Engine(loaded, EngineConfig(runner="eager"))
+    if kept.name == "fp8":
+        for config in (EngineConfig(), EngineConfig(runner="native"), EngineConfig(precision="int8")):
+            with pytest.raises(ConfigError, match="native runner cannot serve this engine: it has no fp8"):
+                Engine(loaded, config)
+        return
     with pytest.raises(ConfigError, match="'float32' is asked for"):
         Engine(loaded, EngineConfig(precision="float32"))
     monkeypatch.setattr("fastloop.engine.runners.native", None)

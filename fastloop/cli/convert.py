@@ -18,7 +18,9 @@ Source = Annotated[
 Destination = Annotated[Path, typer.Argument(help="Directory to make; it must not exist yet.")]
 _TRUST = "Read the published layout's .pth. Reading a pickle can run code: only for files you trust."
 TrustPickle = Annotated[bool, typer.Option("--trust-pickle", help=_TRUST)]
-_DTYPE = "float32, bfloat16, float16, int8 or int4; without it, the dtype of the decoder's embedding."
+_DTYPE = (
+    "float32, bfloat16, float16, int8, fp8 (for GPUs) or int4; without it, that of the decoder's embedding."
+)
 Dtype = Annotated[str | None, typer.Option(metavar="NAME", help=_DTYPE)]
 Group = Annotated[int, typer.Option(help="int4: inputs that share a scale, 32 or 64 (faster, errs more).")]
 

@@ -43,7 +43,7 @@ class Report:
     weight_bytes: int
     cast: dict[str, int]  # source tensors that had another dtype: dtype -> how many
     unused: tuple[str, ...]  # source tensors left out on purpose
-    precision: str | None = None  # "int8" or "int4": the matrices of the layers are kept so
+    precision: str | None = None  # "int8", "fp8", "int4": the matrices of the layers are kept so
     errors: dict[str, float] = field(default_factory=dict)  # ||kept - read|| / ||read|| of those matrices
 
 
@@ -72,8 +72,8 @@ def convert(
 
     Args:
         trust_pickle: the published layout keeps its encoder in a pickle; read it only if this is True.
-        dtype: float32, bfloat16 or float16; None keeps the dtype of the decoder's embedding. int8 or int4
-            quantises the matrices of the layers (fastloop.stored); the rest is then bfloat16.
+        dtype: float32, bfloat16 or float16; None keeps the dtype of the decoder's embedding. int8, int4, or
+            fp8 for GPUs, quantises the matrices of the layers (fastloop.stored); the rest is then bfloat16.
         group: int4 only: inputs that share a scale, 32 or 64. 64 is faster and errs more.
         progress: called after every tensor with (bytes written, bytes in all).
 

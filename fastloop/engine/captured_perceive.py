@@ -156,7 +156,7 @@ class CapturedPerceive:
                     encoded.copy_(encoder.encode(frames))
 
             static = {"frames": self._frames, "encoded": self._encoded}
-            constants = (*self._model.weights.values(), encoder.positions)
+            constants = (*self._model.tensors, encoder.positions)
             self._encoders[chunks] = self._graphs.make(PERCEIVE, encode, static, constants)
         return self._encoders[chunks]
 

@@ -91,5 +91,5 @@ class DeviceStep:
     def constants(self) -> Iterator[Tensor]:
         """What the step only reads."""
         decoder = self.model.decoder
-        yield from self.model.weights.values()
+        yield from self.model.tensors
         yield from (decoder.head, decoder.control_head, decoder.inv_freq, self.banned, self.decisions.policy)

@@ -21,20 +21,33 @@ from .runner import EagerRunner, Runner
 def is_native(config: EngineConfig, model: Model) -> bool:
     """Whether the native runner serves this engine; ConfigError where it is asked for and cannot.
 
-    FASTLOOP_BACKEND forces implementations of single ops, so with it "auto" means the eager runner.
+    FASTLOOP_BACKEND forces implementations of single ops, so with it "auto" means the eager runner. So it
+    does on a GPU. On a CPU quantised weights are for the native runner unless another one is asked for: op by
+    op each of them would be widened in every step.
     """
+    if config.runner in ("eager", "captured"):
+        return False
     chosen = config.precision != "auto" or config.kv_precision != "auto"
-    wanted = config.runner == "native" or chosen or bool(model.quantised)
-    possible = native is not None and model.device.type == "cpu"
-    if config.runner == "eager" and model.quantised:
-        raise ConfigError(
-            f"EngineConfig.runner: the eager runner cannot serve {model.precision} weights; leave it at "
-            "'auto', or load the checkpoint with a dtype, which dequantises it"
-        )
-    if wanted and not possible:
-        why = reason if native is None else f"the model is on {model.device}"
+    slow = bool(model.quantised) and model.device.type == "cpu" and not forced_backends()
+    wanted = config.runner == "native" or chosen or slow
+    why = _not_native(model)
+    if wanted and why is not None:
         raise ConfigError(f"EngineConfig.runner: the native runner cannot serve this engine: {why}")
-    return wanted or (config.runner == "auto" and possible and not forced_backends())
+    return wanted or (why is None and not forced_backends())
+
+
+def _not_native(model: Model) -> str | None:
+    """Why the native runner cannot serve a model; None if it can."""
+    if native is None:
+        return reason
+    if model.device.type != "cpu":
+        return f"the model is on {model.device}"
+    if any(matrix.precision == "fp8" for matrix in model.quantised.values()):
+        return (
+            "it has no fp8 weights; load the checkpoint with a dtype, which dequantises it, convert to int8, "
+            "or take runner='eager', which widens them in every step"
+        )
+    return None
 
 
 def kv_dtype(config: EngineConfig, model: Model) -> torch.dtype:

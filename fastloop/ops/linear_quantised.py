@@ -7,6 +7,8 @@ The weights are the traffic of a step with few rows: 8 bits halve its floor, 4 b
 int4 share a byte, the even one in the low bits (fastloop.quantise). Sources: LLM.int8() (Dettmers et al.
 2022, arXiv 2208.07339); FP8 formats (Micikevicius et al. 2022, arXiv 2209.05433); GPTQ's groups (Frantar et
 al. 2022, arXiv 2210.17323).
+
+`linear_kept` is what a model calls: `linear` or this op, by how the matrix is kept.
 """
 
 from __future__ import annotations
@@ -14,21 +16,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..quantise import GROUPS, dequantise_int4, dequantise_int8
+from ..quantise import GROUPS, Quantised, dequantise_int4, dequantise_int8
 from .contract import check_dims, check_floats
 from .dispatch import define
-from .linear import EPILOGUES, linear_ref
+from .linear import EPILOGUES, linear, linear_ref
 
 CHANNEL_KINDS = (torch.int8, torch.float8_e4m3fn)  # one scale for each channel
-FP8_MOST = torch.finfo(torch.float8_e4m3fn).max  # 448
-
-
-def quantise_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight [O, D], any float -> float8_e4m3fn [O, D], scale float32 [O]; a channel of zeros has scale 0."""
-    wide = weight.float()
-    scale = wide.abs().amax(1) / FP8_MOST
-    values = (wide / scale.clamp(min=1e-30)[:, None]).clamp(-FP8_MOST, FP8_MOST)
-    return values.to(torch.float8_e4m3fn), scale
 
 
 def group_of(values: Tensor, scale: Tensor) -> int:
@@ -108,6 +101,19 @@ linear_quantised = define(linear_quantised_ref, _fake)
 linear_quantised.unavailable["cpu"] = (
     "the native kernels round the activations to int8, too, and run inside whole passes (fastloop.engine)"
 )
+
+
+def linear_kept(
+    x: Tensor,
+    weight: Tensor | Quantised,
+    bias: Tensor | None = None,
+    epilogue: str = "none",
+    residual: Tensor | None = None,
+) -> Tensor:
+    """x [N, D], weight [O, D] of floats or quantised, bias [O], residual [N, O'] -> y [N, O'] (`linear`)."""
+    if isinstance(weight, Quantised):
+        return linear_quantised(x, weight.values, weight.scale, bias, epilogue, residual)
+    return linear(x, weight, bias, epilogue, residual)
 
 
 def linear_quantised_bytes(

@@ -16,9 +16,8 @@ from torch import Generator, Tensor
 
 from ..config import FFT_SAMPLES, HOP_SAMPLES, MEL_BINS
 from ..ops.linear import linear_ref
-from ..ops.linear_quantised import quantise_fp8
 from ..ops.mel import POWER_FLOOR, RANGE_LOG10, TAIL_SAMPLES, mel_filters
-from ..quantise import dequantise_int4, dequantise_int8, quantise_int4, quantise_int8
+from ..quantise import dequantise_int4, dequantise_int8, quantise_fp8, quantise_int4, quantise_int8
 
 Arguments = dict[str, Any]
 POISON_INDEX = 2**31 - 1  # in int32 entries that nobody may read

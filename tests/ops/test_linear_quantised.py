@@ -11,14 +11,12 @@ from torch import Tensor
 
 from fastloop.ops.linear import EPILOGUES, linear_ref
 from fastloop.ops.linear_quantised import (
-    FP8_MOST,
     group_of,
     linear_quantised,
     linear_quantised_bytes,
     linear_quantised_ref,
-    quantise_fp8,
 )
-from fastloop.quantise import quantise_int4, quantise_int8
+from fastloop.quantise import FP8_MOST, quantise_fp8, quantise_int4, quantise_int8
 from fastloop.testing.assertions import assert_right, seeded
 from fastloop.testing.implementations import Implementation
 from fastloop.testing.op_cases import linear_quantised_case
