@@ -8,6 +8,7 @@ from .conv_stem import conv_stem, conv_stem_ref
 from .cuda import register_cuda
 from .decide import decide, decide_ref
 from .dispatch import REGISTRY, BackendError, Op, use_backend
+from .flash_attn import register_flash_attn
 from .layer_norm import layer_norm, layer_norm_ref
 from .linear import linear, linear_ref
 from .linear_quantised import linear_quantised, linear_quantised_ref
@@ -20,6 +21,7 @@ from .triton import register_triton
 
 register_triton(REGISTRY.values())
 register_cuda(REGISTRY.values())
+register_flash_attn(paged_attention)
 
 __all__ = [
     "REGISTRY",

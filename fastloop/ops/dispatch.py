@@ -8,9 +8,10 @@ Which implementation runs is a table, never a guess: the default for the device,
 `use_backend(...)` or the environment variable FASTLOOP_BACKEND forces. A forced implementation that
 does not exist is an error; nothing falls back silently.
 
-An implementation may be limited: to some dtypes, and to calls without gradients (`register(takes=...)`). As a
-default it serves the calls it takes, and the default that it replaced serves the rest; so a native kernel for
-float32 leaves bfloat16 tensors, and training, where they were. Forced, it refuses what it does not take.
+An implementation may be limited: to some dtypes, and to calls without gradients (`register(takes=...)`), and
+in any other way (`register(refuses=...)`). As a default it serves the calls it takes, and the default that it
+replaced serves the rest; so a native kernel for float32 leaves bfloat16 tensors, and training, where they
+were. Forced, it refuses what it does not take.
 
     FASTLOOP_BACKEND=reference                  every op
     FASTLOOP_BACKEND=mel=reference,linear=torch some ops
@@ -36,11 +37,12 @@ R = TypeVar("R")
 
 BACKENDS_OF = {
     "cpu": ("reference", "torch", "graph", "cpu"),
-    "cuda": ("reference", "torch", "graph", "triton", "cuda"),
+    "cuda": ("reference", "torch", "graph", "flash_attn", "triton", "cuda"),
 }
-BACKENDS = ("reference", "torch", "graph", "cpu", "triton", "cuda")  # all of them, from plain to special
+BACKENDS = ("reference", "torch", "graph", "cpu", "flash_attn", "triton", "cuda")  # from plain to special
 REGISTRY: dict[str, Op[..., Any]] = {}
 Limits = Mapping[str, Sequence[torch.dtype]]  # argument -> the dtypes it may have
+Refuses = Callable[[Mapping[str, Any]], str]  # a call's arguments -> why they are not taken, or ""
 
 
 class BackendError(RuntimeError):
@@ -118,6 +120,7 @@ class Op(Generic[P, R]):
         self.implementations: dict[str, Callable[P, R]] = {"reference": reference}
         self.unavailable: dict[str, str] = {}  # backend -> why it cannot run here
         self.limits: dict[str, Limits] = {}  # backend -> what it takes, where that is not every call
+        self.refuses: dict[str, Refuses] = {}  # backend -> what else it does not take
         self.default: dict[str, str] = {"cpu": "reference", "cuda": "reference", "meta": "reference"}
         self.otherwise: dict[str, str] = {}  # device -> what serves the calls that its default does not take
         self._arguments = list(inspect.signature(reference).parameters)
@@ -135,19 +138,24 @@ class Op(Generic[P, R]):
         implementation: Callable[P, R],
         default_on: str = "",
         takes: Limits | None = None,
+        refuses: Refuses | None = None,
     ) -> None:
         """Add an implementation; `default_on` ("cpu", "cuda") makes it the default there.
 
         takes: limits it to calls in which the arguments named have one of the dtypes, and no gradient is
-        wanted. None: it takes every call that the op's contract allows.
+        wanted. refuses: what else limits it, asked about calls whose dtypes are taken. Neither: every call
+        that the op's contract allows is taken.
         """
         if backend not in BACKENDS:
             raise BackendError(f"{self.name}: unknown backend {backend!r}; choose from {BACKENDS}")
         self.implementations[backend] = implementation
-        if takes is not None:
-            self.limits[backend] = takes
+        limited = takes is not None or refuses is not None
+        if limited:
+            self.limits[backend] = takes or {}
+        if refuses is not None:
+            self.refuses[backend] = refuses
         if default_on:
-            if takes is not None:
+            if limited:
                 self.otherwise[default_on] = self.default[default_on]
             self.default[default_on] = backend
 
@@ -180,6 +188,8 @@ class Op(Generic[P, R]):
             if given[name].dtype not in dtypes:
                 names = " or ".join(str(dtype) for dtype in dtypes)
                 return f"it takes {name} in {names}, got {given[name].dtype}"
+        if backend in self.refuses and (why := self.refuses[backend](given)):
+            return why
         if torch.is_grad_enabled():
             for name, value in given.items():
                 if isinstance(value, Tensor) and value.requires_grad:

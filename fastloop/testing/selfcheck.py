@@ -63,7 +63,7 @@ def taken(implementation: Implementation, case: Case) -> Case | None:
     """The case, or the same in bfloat16 if its dtype is not taken; None if that is not, either."""
     if not implementation.refusal(case.arguments):
         return case
-    rows = ("x", "weight", "bias", "residual")  # of one dtype in every op that has them
+    rows = ("x", "weight", "bias", "residual", "q", "k_pages", "v_pages")  # of one dtype where an op has them
     narrowed = {n: v.bfloat16() for n, v in case.arguments.items() if n in rows and isinstance(v, Tensor)}
     case = replace(case, arguments={**case.arguments, **narrowed})
     return None if implementation.refusal(case.arguments) else case

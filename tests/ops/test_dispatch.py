@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 import torch
@@ -161,7 +162,7 @@ def test_what_cannot_run_is_an_error_with_its_reason(twice: Op[..., Tensor]) -> 
 
 def test_a_backend_of_another_device_does_not_run(twice: Op[..., Tensor]) -> None:
     """A kernel would take the pointers for its own."""
-    for backend in ("graph", "triton", "cuda"):
+    for backend in ("graph", "flash_attn", "triton", "cuda"):
         twice.register(backend, twice_marked(30))
     twice.register("cpu", twice_marked(20))
     for device, backends in BACKENDS_OF.items():
@@ -285,6 +286,24 @@ def test_a_limited_one_that_is_forced_refuses_the_rest(twice: Op[..., Tensor]) -
         with pytest.raises(BackendError, match="it computes no gradient, and x requires one"):
             twice((X + 1).requires_grad_())
     assert twice(X.double() + 1)[0] == 2
+
+
+def test_one_limited_in_another_way_says_how(twice: Op[..., Tensor]) -> None:
+    """Its own reason, for calls whose dtypes are taken; as a default it leaves those to the one before."""
+
+    def negative(arguments: Mapping[str, Any]) -> str:
+        return "it takes no negative scale" if arguments.get("scale", 1) < 0 else ""
+
+    twice.register("cpu", twice_marked(20), default_on="cpu", takes=LIMITED, refuses=negative)
+    assert ran(twice) == 20 and twice(X + 1, -1.0)[0] == -1 and twice(X + 1, scale=-1.0)[0] == -1
+    with use_backend("twice=cpu"):
+        with pytest.raises(BackendError, match=r"cannot run this call .it takes no negative scale"):
+            twice(X, -1.0)
+        with pytest.raises(BackendError, match=r"it takes x in torch.float32"):
+            twice(X.double(), -1.0)
+    twice.register("torch", twice_marked(10), refuses=negative)
+    with use_backend("twice=torch"), pytest.raises(BackendError, match="no negative scale"):
+        twice(X.double(), -1.0)
 
 
 def test_a_recorder_sees_what_really_runs(twice: Op[..., Tensor]) -> None:
