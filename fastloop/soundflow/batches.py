@@ -22,10 +22,12 @@ from .objective import Batch, collate
 from .questions import QUESTION
 from .sequence import build, due_chunk, due_replies, plan
 from .shards import Stream, Turn
+from .sounds import DIGITS, sound_of
 
 LONGEST_EXCERPT = 40  # chunks
 ANYWHERE = 0.2  # of excerpts are around no answer
-RARE = 20  # a reply that fewer turns give has no class of its own
+ASKED_S = 0.4  # what is asked can be told apart in the last of a question
+RARE = 20  # what is heard, or replied, in fewer turns has no class of its own
 
 
 @dataclass(frozen=True)
@@ -51,21 +53,41 @@ class BatchPlan:
         object.__setattr__(self, "rows_s", tuple(self.rows_s))  # a list, where it comes from YAML or JSON
 
 
-def class_name(turn: Turn) -> str | None:
-    """What the probes call a turn: its reply, "question", or None where silence is right."""
-    return QUESTION if turn.label == QUESTION else turn.reply
+def heard_as(turn: Turn) -> str:
+    """What the probes call a turn, whether it is answered or not: the digit itself, or the label."""
+    if turn.label != QUESTION and sound_of(turn.label).family == "digits":
+        return DIGITS.get(turn.user, turn.label)
+    return turn.label
 
 
-def turn_class(turn: Turn, known: dict[str, int]) -> int:
-    """The probe's class of a turn, 0 for what needs no answer and for what is rare."""
-    return known.get(class_name(turn) or "", 0)
+def happens(stream: Stream) -> list[Turn]:
+    """The turns of a stream without its background, what is ignored from its beginning to its end."""
+    return [
+        turn
+        for turn in stream.turns
+        if turn.reply is not None or turn.start_s > 0 or turn.end_s < stream.seconds - 0.01
+    ]
+
+
+def asked(turn: Turn) -> str:
+    """A question's words, "" for anything else."""
+    return turn.user if turn.label == QUESTION else ""
 
 
 def sound_classes(streams: Iterable[Stream], rare: int = RARE) -> dict[str, int]:
-    """What the probes tell apart: every reply that at least `rare` turns give; from 1 on."""
-    names = (class_name(turn) for stream in streams for turn in stream.turns)
-    counts = Counter(name for name in names if name is not None)
-    return {name: i for i, name in enumerate(sorted(n for n in counts if counts[n] >= rare), start=1)}
+    """What the probes tell apart: everything that is heard in at least `rare` turns (of little data, what is
+    heard most); from 0 on.
+    """
+    events = [turn for stream in streams for turn in happens(stream)]
+    counts = Counter(heard_as(turn) for turn in events) + Counter(asked(turn) for turn in events)
+    del counts[""]
+    least = min(rare, max(counts.values(), default=rare))
+    return {name: i for i, name in enumerate(sorted(n for n in counts if counts[n] >= least))}
+
+
+def answer_class(turn: Turn) -> str:
+    """What `balance` calls an answered turn: its reply; all questions are one class."""
+    return QUESTION if turn.label == QUESTION else turn.reply or ""
 
 
 class Batches:
@@ -99,18 +121,18 @@ class Batches:
             for turn in stream.turns:
                 if turn.answer_s is not None and turn.label != QUESTION:
                     places.append((index, min(last, due_chunk(turn.answer_s, self.config.chunk_seconds))))
-                    classes.append(turn_class(turn, self.classes))
-        counts = Counter(classes)
+                    classes.append(answer_class(turn))
+        counts = _shared(Counter(classes))
         chances = np.array([counts[c] ** -self.plan.balance for c in classes])
         return places, chances / chances.sum()
 
     def _weights(self) -> np.ndarray:
         """Chance of each stream [streams]: the mean of count^-balance over the classes of its answers."""
         answers = [
-            [turn_class(turn, self.classes) for turn in stream.turns if turn.reply is not None]
+            [answer_class(turn) for turn in stream.turns if turn.reply is not None]
             for stream in self.features.streams
         ]
-        counts = Counter(c for found in answers for c in found)
+        counts = _shared(Counter(c for found in answers for c in found))
         typical = np.median([counts[c] for c in counts]) if counts else 1.0
         rare = [
             np.mean([(typical / counts[c]) ** self.plan.balance for c in f]) if f else 1.0 for f in answers
@@ -149,7 +171,7 @@ class Batches:
                 index, first = int(rng.choice(len(self.weights), p=self.weights)), 0
                 end = self.features.chunks(index)
             stream = self.features.streams[index]
-            turns += [shifted(turn, have * chunk_s) for turn in cut(stream.turns, first, end, chunk_s)]
+            turns += [shifted(turn, have * chunk_s) for turn in cut(happens(stream), first, end, chunk_s)]
             parts.append(self.features.raw(index, first, end))
             have += end - first
         raw = torch.cat(parts)[:wanted]
@@ -176,13 +198,23 @@ class Batches:
         return self.features.raw(int(rng.choice(self.silent))) if self.silent else None
 
     def _active(self, turns: Sequence[Turn], chunks: int) -> Tensor:
-        """int64 [chunks, A]: the class heard in the middle of each audio token; what is answered wins."""
+        """bool [chunks, A, K]: which of the K classes are heard in the middle of each audio token."""
         count = chunks * self.config.chunk_tokens
         middle_s = (np.arange(count) + 0.5) * self.config.chunk_seconds / self.config.chunk_tokens
-        active = np.zeros(count, dtype=np.int64)
-        for turn in sorted(turns, key=lambda turn: turn.reply is not None):
-            active[(turn.start_s <= middle_s) & (middle_s < turn.end_s)] = turn_class(turn, self.classes)
-        return torch.from_numpy(active.reshape(chunks, -1))
+        active = np.zeros((count, len(self.classes)), dtype=np.bool_)
+        for turn in turns:
+            now = (turn.start_s <= middle_s) & (middle_s < turn.end_s)
+            told = now & (middle_s >= turn.end_s - ASKED_S)
+            for name, when in ((heard_as(turn), now), (asked(turn), told)):
+                if name in self.classes:
+                    active[when, self.classes[name]] = True
+        return torch.from_numpy(active).unflatten(0, (chunks, self.config.chunk_tokens))
+
+
+def _shared(counts: Counter[str]) -> dict[str, int]:
+    """How often each class comes up, where all rare ones count as one."""
+    rare = sum(n for n in counts.values() if n < RARE)
+    return {name: n if n >= RARE else rare for name, n in counts.items()}
 
 
 def excerpt(stream: Stream, chunks: int, chunk_s: float, first: int, end: int) -> tuple[int, int]:

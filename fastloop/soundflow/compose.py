@@ -17,7 +17,7 @@ from . import voices
 from .grammar import Rule
 from .grounding import Layer, Part, Plan
 from .questions import QUESTION, ask
-from .render import VOICE, WEAKEST, Rendered, Span, audible, clip_sound, render
+from .render import SETTLE_S, WEAKEST, Rendered, Span, audible, clip_sound, render
 from .scenes import GAP_SAME_S, audible_rms, tilt
 from .sequence import Reply
 from .shards import SILENCE
@@ -26,7 +26,7 @@ from .synth import Rng, samples
 from .tfjp import HALF_CHUNK_S, join
 
 QUESTION_ROOM_S = 4.5  # kept free at the end of a stream that ends in a question
-ASKED_BETWEEN = 0.4  # chance of a question after an event in the middle of such a stream
+ASKED_BETWEEN = 0.6  # chance of a question after an event in the middle of such a stream
 TAIL_S = 0.8  # kept free at the end of every stream, for the last answer
 LOOP_LAP_S = 0.25  # over which a bed joins its own beginning
 TELEPHONE_HZ = 3600.0
@@ -54,7 +54,7 @@ def compose(plan: Plan, library: Library) -> Composed:
     asks = np.random.default_rng([plan.seed, 1])
     for part in plan.parts:
         begin = at + _gap(part, turns)
-        if plan.tfjp and not part.sources[0].startswith((SYNTHETIC, VOICE)):
+        if plan.tfjp and not (part.sources[0].startswith(SYNTHETIC) or voices.is_voice(part.sources[0])):
             begin = math.ceil(begin / HALF_CHUNK_S - 1e-9) * HALF_CHUNK_S
         if room_end - begin < 1.0:
             break
@@ -209,7 +209,7 @@ def _ask(
     begin = min(latest, max(at, latest - rng.uniform(0, 1.5)) if last else at)
     levels = [part.level_db for part in plan.parts] + [layer.level_db + 8 for layer in plan.layers]
     start, end = audible(x, WEAKEST)
-    span = Span(question.text, str(voice), start, end, question.answer, end)
+    span = Span(question.text, str(voice), start, end, question.answer, end + SETTLE_S)
     part = Part(
         QUESTION, (str(voice),), 0, 0.0, min(max([*levels, -45.0]), -12.0), 0.0, question.answer, own=True
     )

@@ -19,11 +19,14 @@ BED_DB = (-60.0, -28.0)  # level of what goes on all the time, dB full scale
 SNR_DB = (5.0, 25.0)  # an event above that
 QUIETEST_DB, LOUDEST_DB = -55.0, -9.0
 FEW = 8  # with so many clips, a sound that also has generators comes from a clip every second time
-VOICE_SHARE = 0.15  # of digit strings, said by espeak-ng where it is installed
+VOICE_SHARE = {
+    "train": 0.3,
+    "val": 0.15,
+}  # of digit strings, said by a synthetic voice
 STRING_SHARE = 0.4  # of digit strings, one recording of several digits
 DIGIT_NAMES = [name for name in DIGITS if name != "oh"]
 DIGIT_PAUSE_S = (0.03, 0.7)
-SPEED = (0.88, 1.14)  # of recorded speech to train on: as other speakers
+SPEED = (0.85, 1.18)  # of what was recorded, to train on: as other speakers, other animals
 NARROW_SHARE = 0.12  # of streams, heard through a telephone's band
 
 
@@ -113,11 +116,12 @@ def _digits(rng: Rng, library: Library) -> tuple[tuple[str, ...], str, tuple[flo
     """Sources, what a voice says, and pauses: one recording of a string, clips of one speaker, or a voice."""
     roll, count = rng.random(), int(rng.integers(1, 7))
     pauses = tuple(float(p) for p in rng.uniform(*DIGIT_PAUSE_S, count))
+    voiced = VOICE_SHARE["train" if library.split == "train" else "val"]
     strings = [clip for clip in library.filed.get("spoken_digits", ()) if clip.words]
-    if voices.available() and (roll < VOICE_SHARE or not (strings or library.singles)):
+    if voices.available() and (roll < voiced or not (strings or library.singles)):
         said = " ".join(str(rng.choice(DIGIT_NAMES)) for _ in pauses)
         return (str(voices.draw(rng, library.split)),), said, pauses
-    if strings and (roll < VOICE_SHARE + STRING_SHARE or not library.singles):
+    if strings and (roll < voiced + STRING_SHARE or not library.singles):
         return (strings[int(rng.integers(len(strings)))].id,), "", (0.0,)
     speakers = sorted(library.singles)
     clips = library.singles[speakers[int(rng.integers(len(speakers)))]]
@@ -137,7 +141,7 @@ def _part(rng: Rng, library: Library, beat: Beat, bed_db: float) -> Part:
         sources = (source_for(rng, library, beat.label),)
     if sources[0].startswith(SYNTHETIC):
         longest = min(longest, log_uniform(rng, 1.5, 20.0))
-    varied = library.split == "train" and sound.family in ("digits", "chatter") and not beat.say
+    varied = library.split == "train" and not beat.say and not sources[0].startswith(SYNTHETIC)
     speed = float(rng.uniform(*SPEED)) if varied else 1.0
     reply = beat.reply if beat.own else sound.reply
     return Part(

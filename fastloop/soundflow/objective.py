@@ -3,8 +3,9 @@
     control  KEEP_SILENCE or TEXT_BEGIN at ASSISTANT, over these two logits alone: the runtime's decision
              head sees nothing else
     text     emotion, text and TEXT_END, over the whole vocabulary
-    probes   which class of sound is under each audio token, from the encoder's and the decoder's output.
-             Decisions are rare, this is dense: it teaches hearing long before the decisions do
+    probes   which sounds, digits and questions are under each audio token, answered or not, from the
+             encoder's and the decoder's output. Decisions are rare, this is dense: it teaches hearing long
+             before the decisions do, and to know apart what is never answered but may be asked for
 
 Source of the first two: Audio Interaction Model, arXiv 2606.05121; lambda 1 there and here.
 """
@@ -24,14 +25,13 @@ from ..config import ModelConfig
 from .sequence import IGNORED, TokenSequence
 from .trainable import Trainable
 
-NOTHING_WEIGHT = 0.2  # of audio tokens under which nothing is to be answered: most of them
 LOSSES = ("total", "control", "text", "heard", "recognised", "silent_right", "respond_right")
 
 
 class Batch(NamedTuple):
     """frames float32 [N, F, C], the chunks of all rows in order; ids, labels int64 [B, T]; audio bool
-    [B, T], true at the slots of the audio tokens, N x A of them; active int64 [N, A]: the class of sound
-    under each audio token, 0 where there is none.
+    [B, T], true at the slots of the audio tokens, N x A of them; active bool [N, A, K]: which of the K
+    classes are heard under each audio token.
     """
 
     frames: Tensor
@@ -45,7 +45,7 @@ class Batch(NamedTuple):
 
 
 def collate(frames: Tensor, active: Tensor, sequences: Sequence[TokenSequence], fill: int) -> Batch:
-    """frames [N, F, C], active [N, A] and the sequence of each row -> Batch; short rows are filled up with
+    """frames [N, F, C], active [N, A, K] and the sequence of each row -> Batch; short rows are filled up with
     the id `fill`, unlabelled.
     """
     longest = max(len(s.ids) for s in sequences)
@@ -60,11 +60,17 @@ def collate(frames: Tensor, active: Tensor, sequences: Sequence[TokenSequence], 
 
 @dataclass(frozen=True)
 class Weighting:
-    """total = text_weight x text + control_weight x control + probe_weight x (heard + recognised)."""
+    """total = text_weight x text + control_weight x control + probe_weight x (heard + recognised).
+
+    silence_weight: how much more than a missed answer one too many costs. A decision is right at
+    p(respond) > silence_weight / (1 + silence_weight) of what the data says; the model learns odds that are
+    so much lower, and decides at 0.5 all the same.
+    """
 
     text_weight: float = 1.0
     control_weight: float = 1.0  # lambda
     probe_weight: float = 0.0
+    silence_weight: float = 1.0
 
 
 class Objective(nn.Module):
@@ -98,12 +104,13 @@ class Objective(nn.Module):
         speaks = learned & ~decides
         logits = decoder.logits(before[decides])[:, [t.keep_silence, t.text_begin]].float()
         respond = (labels[decides] == t.text_begin).long()
-        control = F.cross_entropy(logits, respond)
+        costs = logits.new_tensor([self.weighting.silence_weight, 1.0])
+        control = F.cross_entropy(logits, respond, weight=costs)
         text = F.cross_entropy(decoder.logits(before[speaks]).float(), labels[speaks], reduction="sum")
         text = text / speaks.sum().clamp(min=1)
         w = self.weighting
         total = w.text_weight * text + w.control_weight * control
-        heard, recognised = self._probes(tokens, hidden[batch.audio], batch.active.flatten())
+        heard, recognised = self._probes(tokens, hidden[batch.audio], batch.active.flatten(0, 1))
         total = total + w.probe_weight * (heard + recognised)
         right = (logits.argmax(dim=-1) == respond).float()
         shares = right[respond == 0].mean(), right[respond == 1].mean()
@@ -111,15 +118,20 @@ class Objective(nn.Module):
         return torch.stack([total, *(part.detach().float() for part in parts)])
 
     def _probes(self, tokens: Tensor, hidden: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """Cross-entropies of the two probes; tokens, hidden [N A, D], active int64 [N A]."""
+        """Binary cross-entropies of the two probes, summed over the classes; tokens, hidden [N A, D], active
+        bool [N A, K].
+        """
         if self.weighting.probe_weight == 0:
             nothing = tokens.new_zeros(())
             return nothing, nothing
         normed = F.rms_norm(hidden, hidden.shape[-1:])
+        truth = active.float()
         pairs = ((tokens, self.model.heard), (normed, self.model.recognised))
-        rarity = torch.full((len(self.model.heard),), 1.0, device=active.device)
-        rarity[0] = NOTHING_WEIGHT
         heard, recognised = (
-            F.cross_entropy(F.linear(x, w.to(x.dtype)).float(), active, weight=rarity) for x, w in pairs
+            F.binary_cross_entropy_with_logits(
+                F.linear(x, w.weight.to(x.dtype), w.bias.to(x.dtype)).float(), truth, reduction="sum"
+            )
+            / len(x)
+            for x, w in pairs
         )
         return heard, recognised

@@ -16,8 +16,8 @@ from .sequence import Reply
 from .sounds import DIGITS, GENERATORS, SYNTHETIC, Library, sound_of
 from .synth import Rng, fade, samples
 
-VOICE = "espeak-ng/"
 WEAKEST = 0.0056  # of its peak, the weakest that belongs to a spoken word (-45 dB): the s of six
+SETTLE_S = 0.12  # words and short sounds are answered so long after their end: only then it is sure to be one
 MARGIN_S = 0.02  # kept of a clip before and after what is heard
 CUT_S = 1.0  # a sound that is too long is cut in the quietest place of its last second
 
@@ -96,7 +96,7 @@ def _words(library: Library, clip: Clip, speed: float) -> Rendered:
         digit = DIGITS.get(word)
         if digit is None and spans and spans[-1].reply is None:
             a, word = spans[-1].start_s, f"{spans.pop().user} {word}"
-        spans.append(Span(word, clip.id, a, b, Reply(digit) if digit else None, b))
+        spans.append(Span(word, clip.id, a, b, Reply(digit) if digit else None, b + SETTLE_S))
     return Rendered(x, tuple(spans))
 
 
@@ -108,7 +108,7 @@ def _string(library: Library, part: Part) -> Rendered:
     spans: list[Span] = []
     at = 0
     for source, word, pause in zip(sources, words, part.pauses_s, strict=True):
-        if source.startswith(VOICE):
+        if voices.is_voice(source):
             x = voices.speak(voices.parse_voice(source), word)
         else:
             x = clip_sound(library, library.clip(source), tfjp=False)
@@ -116,7 +116,8 @@ def _string(library: Library, part: Part) -> Rendered:
         gap = samples(pause) if pieces else 0
         first, last = audible(x, WEAKEST)
         begin = (at + gap) / SAMPLE_RATE
-        spans.append(Span(word, source, begin + first, begin + last, Reply(DIGITS[word]), begin + last))
+        due = begin + last + SETTLE_S
+        spans.append(Span(word, source, begin + first, begin + last, Reply(DIGITS[word]), due))
         pieces += [np.zeros(gap), x]
         at += gap + len(x)
     return Rendered(np.concatenate(pieces), tuple(spans))
@@ -140,7 +141,7 @@ def _dry(rng: Rng, library: Library, part: Part, room_s: float, tfjp: bool) -> R
         user = clip.text or user
         x = fade(_faster(shortened(clip_sound(library, clip, tfjp), longest), part.speed), 0.015)
     start, end = audible(x, WEAKEST if part.text else AUDIBLE)
-    due = end if part.text else min(start + sound.heard_s, end)
+    due = end + SETTLE_S if part.text else min(start + sound.heard_s, end + SETTLE_S)
     return Rendered(x, (Span(user, source, start, end, part.reply, due),))
 
 
@@ -151,7 +152,8 @@ def render(library: Library, part: Part, room_s: float, tfjp: bool = True) -> Re
     rng = np.random.default_rng(part.seed)
     dry = _dry(rng, library, part, room_s, tfjp)
     x = dry.pcm
-    if rng.random() < (0.7 if part.sources[0].startswith((SYNTHETIC, VOICE)) else 0.35):
+    dry_source = part.sources[0].startswith(SYNTHETIC) or voices.is_voice(part.sources[0])
+    if rng.random() < (0.7 if dry_source else 0.35):
         x = reverb(rng, x)
     if rng.random() < 0.7:
         x = tilt(rng, x)

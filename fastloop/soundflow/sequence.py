@@ -26,7 +26,8 @@ from ..text import Tokenizer, listening_ids, prefix_ids
 from .shards import Stream, Turn
 
 IGNORED = -100  # label of what is not learned
-EARLY, LATE = 0.1, 0.15  # chances that the history of a training sequence answers a chunk too soon, too late
+EARLY, LATE = 0.1, 0.2  # chances that the history of a training sequence gives an answer too soon, too late
+LATE_CHUNKS = (0.6, 0.25, 0.15)  # by one chunk, two, three
 
 
 @dataclass(frozen=True)
@@ -57,20 +58,46 @@ class TokenSequence:
 def plan(answers: Mapping[int, Reply], chunks: int, rng: np.random.Generator | None = None) -> list[Step]:
     """Chunk -> the reply due there, for `chunks` chunks -> one step a chunk.
 
-    With `rng`, some histories answer one chunk too soon (then silence is right where it was due) or one
-    chunk too late (then the answer is still wanted in the chunk after).
+    With `rng`, some histories answer one chunk too soon (then silence is right where it was due) or up to
+    three too late (then the answer is wanted until it is given). Of digits that are written too late, the
+    first may be written in time; the others join those of the next chunk.
     """
-    steps = [Step() for _ in range(chunks)]
-    for chunk, reply in sorted(answers.items()):
+    steps, left = [Step() for _ in range(chunks)], dict(answers)
+    for chunk in range(chunks):
+        reply = left.get(chunk)
+        if reply is None:
+            continue
         roll = rng.random() if rng is not None else 1.0
+        steps[chunk] = Step(said=reply, wanted=reply)
         if roll < EARLY and chunk > 0 and steps[chunk - 1] == Step():
-            steps[chunk - 1] = Step(said=reply, wanted=None)
-        elif EARLY <= roll < EARLY + LATE and chunk + 1 < chunks and chunk + 1 not in answers:
-            steps[chunk] = Step(said=None, wanted=reply)
-            steps[chunk + 1] = Step(said=reply, wanted=reply)
-        else:
-            steps[chunk] = Step(said=reply, wanted=reply)
+            steps[chunk - 1 : chunk + 1] = [Step(said=reply, wanted=None), Step()]
+        elif rng is not None and EARLY <= roll < EARLY + LATE:
+            if written(reply.text):
+                _write_later(steps, left, chunk, rng)
+            else:
+                _answer_later(steps, left, chunk, rng)
     return steps
+
+
+def _answer_later(steps: list[Step], left: Mapping[int, Reply], chunk: int, rng: np.random.Generator) -> None:
+    """Move the answer of a chunk behind silence, if the chunks up to there are free."""
+    reply, then = steps[chunk].wanted, chunk + 1 + int(rng.choice(len(LATE_CHUNKS), p=LATE_CHUNKS))
+    if then < len(steps) and not any(between in left for between in range(chunk + 1, then + 1)):
+        steps[chunk:then] = [Step(said=None, wanted=reply)] * (then - chunk)
+        steps[then] = Step(said=reply, wanted=reply)
+
+
+def _write_later(steps: list[Step], left: dict[int, Reply], chunk: int, rng: np.random.Generator) -> None:
+    """Write some or none of the digits of a chunk in time, and the others with those of the next."""
+    wanted, then = left[chunk], left.get(chunk + 1)
+    if chunk + 1 == len(steps) or (then is not None and not written(then.text)):
+        return
+    digits = wanted.text.split()
+    kept = int(rng.integers(len(digits)))
+    said = Reply(" ".join(digits[:kept]), wanted.emotion) if kept else None
+    steps[chunk] = Step(said=said, wanted=wanted)
+    rest = [*digits[kept:], *(then.text.split() if then else ())]
+    left[chunk + 1] = Reply(" ".join(rest), wanted.emotion)
 
 
 def reply_ids(config: ModelConfig, tokenizer: Tokenizer, reply: Reply) -> list[int]:

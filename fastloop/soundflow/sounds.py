@@ -54,7 +54,7 @@ class Sound:
     words: str
     family: str = "quiet"
     reply: Reply | None = None
-    heard_s: float = 0.25
+    heard_s: float = 0.5
     longest_s: float = 6.0
     generators: tuple[str, ...] = ()
 

@@ -113,7 +113,7 @@ class Trainer:
             for plan in (stage.batch, stage.late or stage.batch)
         )
         objective = Objective(
-            Trainable(self.config, weights, len(classes) + 1, PRECISIONS[stage.precision]), stage.loss
+            Trainable(self.config, weights, len(classes), PRECISIONS[stage.precision]), stage.loss
         )
         self._freeze(objective)
         self.objective, self.optimizer = self._setup(objective)

@@ -23,6 +23,7 @@ Weights = dict[str, Tensor]
 
 
 QUERY_BLOCK = 128
+SELDOM = -4.0  # log odds that a class is heard
 STEM_GAINS = {"encoder.conv1.weight": 6.0, "encoder.conv2.weight": 2.0}
 
 
@@ -166,10 +167,18 @@ def causal_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.cat(parts, dim=3).flatten(1, 2)
 
 
+def _probe(width: int, classes: int) -> nn.Linear:
+    """Knows nothing yet, but that most classes are not heard."""
+    probe = nn.Linear(width, classes)
+    nn.init.zeros_(probe.weight)
+    nn.init.constant_(probe.bias, SELDOM)
+    return probe
+
+
 class Trainable(nn.Module):
     """The weights of a model in training, kept in float32 and computed with in `dtype`; and two probes that
-    are not part of it: linear layers that name the class of sound (of `classes`; 0: none) under every audio
-    token, from the encoder's output and from the decoder's.
+    are not part of it: linear layers that tell which of `classes` are heard under every audio token, from
+    the encoder's output and from the decoder's.
     """
 
     def __init__(
@@ -182,8 +191,7 @@ class Trainable(nn.Module):
         super().__init__()
         self.config, self.dtype = config, dtype
         self.root = tree(weights)
-        self.heard = nn.Parameter(torch.zeros(classes, config.decoder.width))
-        self.recognised = nn.Parameter(torch.zeros(classes, config.decoder.width))
+        self.heard, self.recognised = (_probe(config.decoder.width, classes) for _ in range(2))
 
     def layers(self) -> list[Node]:
         """Every encoder and decoder layer, in order: what FSDP2 shards one by one."""

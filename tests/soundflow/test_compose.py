@@ -20,7 +20,7 @@ from fastloop.soundflow.compose import compose
 from fastloop.soundflow.grammar import Rule
 from fastloop.soundflow.grounding import Layer, Part, Plan
 from fastloop.soundflow.questions import ask
-from fastloop.soundflow.render import WEAKEST, audible, clip_sound, render
+from fastloop.soundflow.render import SETTLE_S, WEAKEST, audible, clip_sound, render
 from fastloop.soundflow.scenes import AUDIBLE
 from fastloop.soundflow.sequence import Reply
 from fastloop.soundflow.shards import SILENCE, parse_stream
@@ -96,7 +96,7 @@ def test_digits_are_answered_one_by_one_and_other_words_are_not(library: Library
     assert [row[:2] for row in said] == [("enter", SILENCE), ("six", "6"), ("four", "4"), ("two", "2")]
     assert said[0][2] is None
     for turn in foreground(made)[1:]:
-        assert turn["answer_s"] == pytest.approx(turn["end_s"], abs=1e-3)
+        assert turn["answer_s"] == pytest.approx(turn["end_s"] + SETTLE_S, abs=1e-3)
 
 
 def test_a_string_of_clips_keeps_their_order_and_pauses(library: Library) -> None:
@@ -253,6 +253,41 @@ def test_speech_is_cut_to_what_is_heard_and_an_unknown_voice_is_an_error() -> No
         voices.speak(voices.Voice("no-such-voice", 150, 50), "seven")
 
 
+def pitch_hz(x: np.ndarray) -> float:
+    """Of its first vowel, by autocorrelation."""
+    vowel = x[2400:8000] - x[2400:8000].mean()
+    similar = np.correlate(vowel, vowel, "full")[len(vowel) - 1 :]
+    low, high = SAMPLE_RATE // 350, SAMPLE_RATE // 60
+    return SAMPLE_RATE / (low + int(similar[low:high].argmax()))
+
+
+@pytest.mark.skipif(not voices.available(voices.FLITE), reason="flite is not installed")
+def test_flite_speaks_at_the_asked_rate_and_pitch_in_training_alone() -> None:
+    def said(rate: int, pitch: int) -> np.ndarray:
+        return voices.speak(voices.Voice("slt", rate, pitch, voices.FLITE), "nine three seven")
+
+    assert 1.5 < len(said(120, 50)) / len(said(220, 50)) < 2.2  # 220 / 120 = 1.8
+    assert pitch_hz(said(150, 10)) < 130 < 170 < pitch_hz(said(150, 90))
+    with pytest.raises(DataError, match="choose from kal16"):
+        voices.speak(voices.Voice("nobody", 150, 50, voices.FLITE), "seven")
+    drawn = {
+        split: {voices.draw(np.random.default_rng(seed), split).engine for seed in range(60)}
+        for split in ("train", "val")
+    }
+    assert drawn == {"train": {voices.ESPEAK, voices.FLITE}, "val": {voices.ESPEAK}}
+
+
+def test_voices_have_names_that_say_everything() -> None:
+    for seed in range(20):
+        voice = voices.draw(np.random.default_rng(seed), "train")
+        assert voices.is_voice(str(voice)) and voices.parse_voice(str(voice)) == voice
+    for name in ("train-siren", "synthetic:rain", "festival/kal/150/50", "flite/slt/fast/50"):
+        with pytest.raises(DataError, match="is no voice"):
+            voices.parse_voice(name)
+    assert set(voices.ENGLISH["train"]).isdisjoint(voices.ENGLISH["val"])
+    assert set(voices.VARIANTS["train"]).isdisjoint(voices.VARIANTS["val"])
+
+
 def test_speech_without_espeak_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(voices.shutil, "which", lambda name: None)
     with pytest.raises(DataError, match="apt-get install espeak-ng"):
@@ -300,7 +335,8 @@ def test_questions_in_the_middle_leave_room_for_their_answers(library: Library) 
         questions = [turn for turn in events if turn["label"] == "question"]
         assert events[-1] is questions[-1]
         for turn in questions:
-            assert turn["answer_s"] == turn["end_s"] <= record["duration_s"] - 0.8 + 1e-3
+            assert turn["answer_s"] == pytest.approx(turn["end_s"] + SETTLE_S, abs=1e-3)
+            assert turn["end_s"] <= record["duration_s"] - 0.8 + 1e-3
             assert all(
                 other["start_s"] >= turn["end_s"] or other["end_s"] <= turn["start_s"]
                 for other in events

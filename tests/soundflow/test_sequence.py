@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,7 +15,7 @@ from fastloop.config import ModelConfig
 from fastloop.engine import Engine
 from fastloop.engine.runner import StepBatch, StepResult
 from fastloop.options import DecisionPolicy, EngineConfig, SessionConfig
-from fastloop.soundflow.sequence import IGNORED, Reply, Step, build, plan
+from fastloop.soundflow.sequence import IGNORED, Reply, Step, build, plan, written
 from fastloop.testing.cases import random_sound, random_weights
 from fastloop.testing.streams import nano
 from fastloop.text import Tokenizer
@@ -69,14 +72,47 @@ def test_a_silent_sequence_is_what_the_engine_feeds_its_decoder(
     assert made[-len(fed) - 1 : -1] == fed and made[-1] == config.tokens.keep_silence
 
 
-@given(chunks=st.integers(1, 30), due=st.sets(st.integers(0, 29), max_size=8), seed=st.integers(0, 999))
-def test_a_plan_wants_every_answer_once_whatever_was_said(chunks: int, due: set[int], seed: int) -> None:
-    answers = {chunk: ALARM for chunk in due if chunk < chunks}
+REPLIES = st.one_of(st.just("An alarm is sounding!"), st.sampled_from(["3", "4 4", "1 2 3"]))
+
+
+@given(
+    due=st.dictionaries(st.integers(0, 29), REPLIES, max_size=12),
+    chunks=st.integers(1, 30),
+    seed=st.integers(0, 999),
+)
+def test_a_plan_says_everything_once_and_wants_it_until_it_is_said(
+    due: dict[int, str], chunks: int, seed: int
+) -> None:
+    answers = {chunk: Reply(text) for chunk, text in due.items() if chunk < chunks}
     exact = plan(answers, chunks)
     assert [step.wanted is not None for step in exact] == [i in answers for i in range(chunks)]
     assert all(step.said == step.wanted for step in exact)
     steps = plan(answers, chunks, np.random.default_rng(seed))
     assert len(steps) == chunks
-    for chunk in answers:
-        early = chunk > 0 and steps[chunk - 1].said is not None and steps[chunk - 1].wanted is None
-        assert steps[chunk].wanted is not None or early
+    said = [step.said.text for step in steps if step.said is not None]
+    for kind in (written, lambda text: not written(text)):  # digits may move between chunks, in their order
+        parts = " ".join(text for text in said if kind(text)).split()
+        wanted = " ".join(reply.text for _, reply in sorted(answers.items()) if kind(reply.text)).split()
+        assert parts == wanted
+    for step, then in itertools.pairwise([*steps, Step()]):
+        if step.wanted is not None and step.said != step.wanted:  # late: what is left is wanted next
+            assert then.wanted is not None
+            left = step.wanted.text.split()[len(step.said.text.split()) if step.said else 0 :]
+            assert then.wanted.text.split()[: len(left)] == left
+
+
+def test_answers_come_early_in_time_and_up_to_three_chunks_late() -> None:
+    delays = Counter()
+    for seed in range(400):
+        steps = plan({5: ALARM}, 12, np.random.default_rng(seed))
+        delays[next(i for i, step in enumerate(steps) if step.said) - 5] += 1
+    assert set(delays) == {-1, 0, 1, 2, 3} and delays[0] > 200
+
+
+def test_digits_that_were_not_written_in_time_join_the_next() -> None:
+    answers = {2: Reply("1 2"), 3: Reply("3")}
+    found = {
+        tuple(step.said.text if step.said else "" for step in plan(answers, 5, np.random.default_rng(seed)))
+        for seed in range(400)
+    }
+    assert {("", "", "", "1 2 3", ""), ("", "", "1", "2 3", ""), ("", "", "1", "", "2 3")} <= found
