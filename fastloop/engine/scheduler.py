@@ -7,8 +7,8 @@ wait for each other's ticks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import accumulate
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
 
 import numpy as np
 
@@ -63,23 +63,20 @@ def build(items: list[Item]) -> StepBatch:
         for item, start in zip(items, starts, strict=False)
         for first, tokens in item.audio
     ]
-    spans = [np.arange(first, first + len(tokens)) for first, tokens in audio]
     drawn = [
         (item, start + len(item.ids) - 1) for item, start in zip(items, starts, strict=False) if item.draws
     ]
     configs = [item.stream.config for item, _ in drawn]
     return StepBatch(
-        ids=np.array([i for item in items for i in item.ids], dtype=np.int64),
+        ids=np.fromiter(chain.from_iterable(item.ids for item in items), np.int64, starts[-1]),
         feed_slots=np.repeat([item.stream.slot if item.feeds else -1 for item in items], counts),
-        positions=np.concatenate(
-            [item.position + np.arange(n) for item, n in zip(items, counts, strict=True)]
-        ),
+        positions=runs([item.position for item in items], counts),
         slots=np.concatenate([item.slots for item in items]),
         row_starts=np.array(starts, dtype=np.int32),
         block_table=np.array([t + [0] * (width - len(t)) for t in tables], dtype=np.int32),
         kv_lens=np.array([item.stream.kv.kv_len - item.reserve for item in items], dtype=np.int32),
         gaps=np.array([item.stream.kv.gap for item in items], dtype=np.int32),
-        audio_rows=np.concatenate([*spans, np.empty(0, dtype=np.int64)]),
+        audio_rows=runs([first for first, _ in audio], [len(tokens) for _, tokens in audio]),
         audio=[tokens for _, tokens in audio],
         decide_rows=np.array([row for row, _ in decide], dtype=np.int64),
         decide_slots=np.array([slot for _, slot in decide], dtype=np.int64),
@@ -92,6 +89,13 @@ def build(items: list[Item]) -> StepBatch:
         seed=np.array([c.seed for c in configs], dtype=np.int64),
         counter=np.array([item.position + len(item.ids) - 1 for item, _ in drawn], dtype=np.int64),
     )
+
+
+def runs(firsts: Sequence[int], counts: Sequence[int]) -> np.ndarray:
+    """Whole numbers in runs, `counts[i]` of them from `firsts[i]` on: int64 [sum of counts]."""
+    each = np.array(counts, dtype=np.int64)
+    ends = np.cumsum(each)
+    return np.repeat(np.array(firsts, dtype=np.int64) - ends + each, each) + np.arange(each.sum())
 
 
 def commit(items: list[Item], result: StepResult) -> tuple[list[Chunk], int]:
