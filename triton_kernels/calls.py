@@ -139,18 +139,35 @@ def _sample(rows: int, dtype: torch.dtype = BF16) -> None:
 
 
 QKV, FFN, VOCAB = MODEL.decoder.qkv_rows, MODEL.decoder.ffn, MODEL.decoder.vocab_padded
-LINEAR: dict[str, Callable[[int], None]] = {  # the matrices of the model, by the rows of a call
-    "decoder qkv": lambda rows: _linear(rows, D, QKV),
-    "decoder out": lambda rows: _linear(rows, D, D, residual=True),
-    "decoder gate_up": lambda rows: _linear(rows, D, 2 * FFN, "silu_gate"),
-    "decoder down": lambda rows: _linear(rows, FFN, D, residual=True),
-    "decoder head": lambda rows: _linear(rows, D, VOCAB),
-    "encoder qkv": lambda rows: _linear(rows, E, 3 * E, bias=True),
-    "encoder out": lambda rows: _linear(rows, E, E, bias=True, residual=True),
-    "encoder fc1": lambda rows: _linear(rows, E, 4 * E, "gelu", bias=True),
-    "encoder fc2": lambda rows: _linear(rows, 4 * E, E, bias=True, residual=True),
-    "encoder proj": lambda rows: _linear(rows, E, D, bias=True),
+LINEAR: dict[str, Callable[..., None]] = {  # the matrices of the model, by the rows of a call
+    "decoder qkv": lambda rows, **kept: _linear(rows, D, QKV, **kept),
+    "decoder out": lambda rows, **kept: _linear(rows, D, D, residual=True, **kept),
+    "decoder gate_up": lambda rows, **kept: _linear(rows, D, 2 * FFN, "silu_gate", **kept),
+    "decoder down": lambda rows, **kept: _linear(rows, FFN, D, residual=True, **kept),
+    "decoder head": lambda rows, **kept: _linear(rows, D, VOCAB, **kept),
+    "encoder qkv": lambda rows, **kept: _linear(rows, E, 3 * E, bias=True, **kept),
+    "encoder out": lambda rows, **kept: _linear(rows, E, E, bias=True, residual=True, **kept),
+    "encoder fc1": lambda rows, **kept: _linear(rows, E, 4 * E, "gelu", bias=True, **kept),
+    "encoder fc2": lambda rows, **kept: _linear(rows, 4 * E, E, bias=True, residual=True, **kept),
+    "encoder proj": lambda rows, **kept: _linear(rows, E, D, bias=True, **kept),
 }
+FEW_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn, "int4": torch.uint8}
+STEPS = {  # of one stream: precision -> rows of the decoder, of the encoder
+    "int8": ((13,), (20,)),  # also the encoder of an int4 checkpoint
+    "fp8": ((1, 13), (20,)),
+    "int4": ((1, 13), ()),
+}
+
+
+def _in_few_bits() -> dict[str, Callable[[], Any]]:
+    """The matrices of the layers in every precision of `fastloop convert`."""
+    found: dict[str, Callable[[], Any]] = {}
+    for kept, (decoder_rows, encoder_rows) in STEPS.items():
+        for name, call in LINEAR.items():
+            rows = decoder_rows if name.startswith("decoder") else encoder_rows
+            for n in () if name.endswith(("head", "proj")) else rows:
+                found[f"{kept} {name}, {n} rows"] = functools.partial(call, n, weight=FEW_BITS[kept])
+    return found
 
 
 CALLS: dict[str, dict[str, Callable[[], Any]]] = {
@@ -169,16 +186,9 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
         "float32": lambda: _linear(13, D, D, dtype=F32, weight=F32),
         "float32 gate_up": lambda: _linear(40, D, 2 * FFN, "silu_gate", dtype=F32, weight=F32),
     },
-    "linear_quantised": {
-        "int8 down": lambda: _linear(13, FFN, D, residual=True, weight=torch.int8),
-        "int8 gate_up": lambda: _linear(13, D, 2 * FFN, "silu_gate", weight=torch.int8),
-        "fp8 qkv": lambda: _linear(13, D, QKV, weight=torch.float8_e4m3fn),
-        "fp8 down": lambda: _linear(13, FFN, D, residual=True, weight=torch.float8_e4m3fn),
-        "fp8 gate_up": lambda: _linear(13, D, 2 * FFN, "silu_gate", weight=torch.float8_e4m3fn),
-        "fp8 head, 1 row": lambda: _linear(1, D, VOCAB, weight=torch.float8_e4m3fn),
+    "linear_quantised": _in_few_bits()
+    | {
         "fp8 gate_up, 208 rows": lambda: _linear(208, D, 2 * FFN, "silu_gate", weight=torch.float8_e4m3fn),
-        "int4 down": lambda: _linear(1, FFN, D, residual=True, weight=torch.uint8),
-        "int4 gate_up": lambda: _linear(1, D, 2 * FFN, "silu_gate", weight=torch.uint8),
         "int4 gate_up, 64 rows": lambda: _linear(64, D, 2 * FFN, "silu_gate", weight=torch.uint8),
     },
     "rope_append": {
@@ -222,7 +232,11 @@ QUICK = {  # the calls that one stream makes: one of each kernel
     "layer_norm": ["a chunk"],
     "rms_norm": ["a listening step"],
     "linear": ["decoder gate_up, 13 rows", "decoder down, 13 rows", "encoder fc1, 20 rows"],
-    "linear_quantised": ["int8 down", "fp8 gate_up", "int4 down"],
+    "linear_quantised": [
+        "int8 encoder fc1, 20 rows",
+        "fp8 decoder gate_up, 13 rows",
+        "int4 decoder down, 1 rows",
+    ],
     "rope_append": ["a listening step"],
     "block_attention": ["a chunk"],
     "paged_attention": ["a listening step", "a text token"],

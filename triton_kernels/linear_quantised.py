@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..ops.linear_quantised import check_quantised
-from .launch import accept
+from .launch import accept, accept_float8
 from .linear import run_linear
 
 
@@ -26,6 +26,7 @@ def linear_quantised_triton(
     """`linear_quantised_ref` on a GPU; sums, scales and epilogue are in float32 and rounded once."""
     group, _ = check_quantised(x, values, scale, bias, epilogue, residual)
     accept("linear_quantised", x=x, scale=scale, bias=bias, residual=residual)
+    accept_float8("linear_quantised", "values", values)
     if values.device != x.device:
         raise ValueError(f"linear_quantised: values are on {values.device}, x on {x.device}; move one")
     return run_linear(

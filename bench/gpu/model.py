@@ -11,12 +11,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastloop import ops
+from fastloop import ops, stored
 from fastloop.config import MEL_BINS
 from fastloop.decoder import Decoder, StepRows, decoder_shapes
 from fastloop.encoder import Encoder, encoder_shapes
 from fastloop.mel import MelState, mel_chunk
 from fastloop.ops import dispatch
+from fastloop.quantise import QUANTISERS, Quantised
 
 from .record import Context
 
@@ -54,27 +55,45 @@ def random_weights(shapes: dict[str, tuple[int, ...]], device: str, dtype: torch
     return weights
 
 
-_MODELS: dict[tuple[str, str], Decoder | Encoder] = {}  # one of each a process, shared by all that is timed
+# One of each a process, shared by all that is timed: (part, dims, precision) -> it.
+_MODELS: dict[tuple[str, str, str], Decoder | Encoder] = {}
 
 
-def decoder(context: Context) -> Decoder:
-    """The decoder on the context's device."""
-    found = _MODELS.get(("decoder", context.config.name))
-    if found is None:
-        weights = random_weights(decoder_shapes(context.config), context.device, context.dtype)
-        found = _MODELS["decoder", context.config.name] = Decoder(context.config, weights)
+def decoder(context: Context, precision: str = "") -> Decoder:
+    """The decoder on the context's device; precision: of the matrices of its layers, "" for floats."""
+    key = "decoder", context.config.name, precision
+    if key not in _MODELS:
+        _MODELS[key] = Decoder(context.config, *_kept(decoder_shapes(context.config), context, precision))
+    found = _MODELS[key]
     assert isinstance(found, Decoder)
     return found
 
 
-def encoder(context: Context) -> Encoder:
+def encoder(context: Context, precision: str = "") -> Encoder:
     """The audio tower on the context's device."""
-    found = _MODELS.get(("encoder", context.config.name))
-    if found is None:
-        weights = random_weights(encoder_shapes(context.config), context.device, context.dtype)
-        found = _MODELS["encoder", context.config.name] = Encoder(context.config, weights)
+    key = "encoder", context.config.name, precision
+    if key not in _MODELS:
+        _MODELS[key] = Encoder(context.config, *_kept(encoder_shapes(context.config), context, precision))
+    found = _MODELS[key]
     assert isinstance(found, Encoder)
     return found
+
+
+def _kept(
+    shapes: dict[str, tuple[int, ...]], context: Context, precision: str
+) -> tuple[dict[str, Tensor], dict[str, Quantised]]:
+    """Random weights as a checkpoint of a precision keeps them."""
+    wanted = {name: stored.precision_of(name, shape, precision or None) for name, shape in shapes.items()}
+    weights = random_weights(shapes, context.device, context.dtype)
+    matrices = {name: QUANTISERS[kept](weights.pop(name)) for name, kept in wanted.items() if kept}
+    return weights, matrices
+
+
+def _layer_bytes(model: Decoder | Encoder) -> int:
+    """Of the layers' weights, as they are kept."""
+    matrices = (part for matrix in model.quantised.values() for part in stored.parts(matrix))
+    floats = (w for name, w in model.weights.items() if ".layers." in name)
+    return sum(tensor.nbytes for tensor in (*matrices, *floats))
 
 
 def ragged(rows: Sequence[int], contexts: Sequence[int], device: str) -> tuple[StepRows, int]:
@@ -104,9 +123,12 @@ def ragged(rows: Sequence[int], contexts: Sequence[int], device: str) -> tuple[S
 class DecoderStep:
     """One ragged pass of the decoder; the last row of each sequence decides or, alone, draws a token."""
 
-    def __init__(self, context: Context, rows: Sequence[int], contexts: Sequence[int]) -> None:
+    def __init__(
+        self, context: Context, rows: Sequence[int], contexts: Sequence[int], precision: str = ""
+    ) -> None:
+        """precision: of the matrices of the layers, "" for floats."""
         self.context, self.config, self.device = context, context.config, context.device
-        self.decoder = decoder(context)
+        self.decoder = decoder(context, precision)
         self.rows, pages = ragged(rows, contexts, self.device)
         d = self.config.decoder
         kept = min(d.layers, KV_LAYERS)
@@ -161,23 +183,23 @@ class DecoderStep:
     def weight_bytes(self) -> int:
         """Read once a step: the layers, and the whole head where a token is drawn."""
         d = self.decoder
-        layers = sum(w.nbytes for name, w in d.weights.items() if ".layers." in name)
-        return layers + (d.head.nbytes if len(self.drawing) else d.control_head.nbytes)
+        return _layer_bytes(d) + (d.head.nbytes if len(self.drawing) else d.control_head.nbytes)
 
     @property
     def operations(self) -> float:
         """Products of the layers and of the head, a sum and a product each."""
         d = self.decoder
-        layers = sum(w.numel() for name, w in d.weights.items() if ".layers." in name and w.dim() == 2)
+        shapes = decoder_shapes(self.config)
+        layers = sum(math.prod(s) for name, s in shapes.items() if ".layers." in name and len(s) == 2)
         return 2.0 * layers * len(self.x) + 2.0 * d.head.numel() * len(self.drawing)
 
 
 class Perception:
     """A chunk of B streams: samples -> frames -> audio tokens [B, A, D]."""
 
-    def __init__(self, context: Context, streams: int) -> None:
+    def __init__(self, context: Context, streams: int, precision: str = "") -> None:
         config, device = context.config, context.device
-        self.encoder = encoder(context)
+        self.encoder = encoder(context, precision)
         self.state = MelState.empty(streams, device)
         self.slots = torch.arange(streams, device=device)
         self.pcm = 0.1 * torch.randn(streams, config.chunk_samples, device=device)
@@ -194,18 +216,21 @@ class Perception:
 
     @property
     def weight_bytes(self) -> int:
-        return sum(w.nbytes for w in self.encoder.weights.values())
+        floats = (w.nbytes for name, w in self.encoder.weights.items() if ".layers." not in name)
+        return _layer_bytes(self.encoder) + sum(floats)
 
 
 class ListeningStep:
     """The whole step of B listeners: sound in, decisions out; only fixed buffers are read and written."""
 
-    def __init__(self, context: Context, streams: int, history: int, backend_name: str) -> None:
-        """history: KV slots of each stream behind which the step comes."""
+    def __init__(
+        self, context: Context, streams: int, history: int, backend_name: str, precision: str = ""
+    ) -> None:
+        """history: KV slots of each stream behind which the step comes; precision: of the layers."""
         config = context.config
         self.context, self.backend = context, backend_name
-        self.perception = Perception(context, streams)
-        self.step = DecoderStep(context, [config.chunk_rows] * streams, [history] * streams)
+        self.perception = Perception(context, streams, precision)
+        self.step = DecoderStep(context, [config.chunk_rows] * streams, [history] * streams, precision)
         starts = self.step.rows.row_starts[:-1].long()[:, None]
         audio = torch.arange(2, 2 + config.chunk_tokens, device=context.device)  # behind the control tokens
         self.audio_rows = (starts + audio).flatten()

@@ -43,7 +43,9 @@ def run(context: Context, record: Record) -> None:
                 if not chosen.refusal(case.arguments):
                     done += _check(chosen, kind, case, record)
     record.put(checks_text=f"{done} right of {len(record.values['errors'])}")
-    _graph(context, record)
+    for precision in ("", "fp8"):
+        if not precision or context.left_s > 5:
+            _graph(context, record, precision)
 
 
 def _serving(op: str, context: Context) -> list[Implementation]:
@@ -66,12 +68,14 @@ def _check(chosen: Implementation, kind: str, case: Case, record: Record) -> boo
     return found.ok
 
 
-def _graph(context: Context, record: Record) -> None:
-    """A captured listening step, replayed on new contents of its buffers, against the same step called."""
-    step = ListeningStep(context, streams=2, history=40, backend_name="triton")
+def _graph(context: Context, record: Record, precision: str) -> None:
+    """A captured listening step, replayed on new contents of its buffers, against the same step called.
+    precision: of its weights, "" for the model's dtype.
+    """
+    step, kind = ListeningStep(context, 2, 40, "triton", precision), precision or "plain"
     eager = step.results(seed=1)
     if context.dry:
-        record.put(graph_text="no graphs on the CPU")
+        record.put(**{f"graph_{kind}_text": "no graphs on the CPU"})
         again: Callable[[], None] = step.run
     else:
         again = capture([step.run])
@@ -82,6 +86,7 @@ def _graph(context: Context, record: Record) -> None:
     same = all(torch.equal(a, b) for a, b in zip(eager * 2, [*results, *overlapped], strict=True))
     differ = not torch.equal(results[0], other[0])
     if not same or not differ:
-        record.problem(f"captured step: equal to eager: {same}; follows new inputs: {differ}")
+        record.problem(f"captured step, {kind}: equal to eager: {same}; follows new inputs: {differ}")
     elif not context.dry:
-        record.put(graph_text="captured == captured with dependent launches == eager, to the bit")
+        told = "captured == captured with dependent launches == eager, to the bit"
+        record.put(**{f"graph_{kind}_text": told})

@@ -15,6 +15,7 @@ from .model import DecoderStep, ListeningStep, Perception, backend
 from .record import Context, Record
 
 BACKENDS = ("triton", "graph")  # ours; torch's own ops, in the forms that can be captured
+PRECISIONS = ("fp8", "int4")  # of the weights, beside the model's own dtype
 
 
 def run(context: Context, record: Record) -> None:
@@ -35,12 +36,36 @@ def run(context: Context, record: Record) -> None:
             moved = step.weight_bytes + step.kv_bytes
             _line(f"text token at {history}", name, step.run, moved, step.operations, context, record)
         torch.cuda.empty_cache() if context.device == "cuda" else None
-    decision = ListeningStep(context, 1, histories[-1], "triton")
-    moved = decision.step.weight_bytes + decision.step.kv_bytes + decision.perception.weight_bytes
-    record.line(
-        f"decision at {histories[-1]}, host to host", "triton", host_to_host(decision, context), moved,
-        ceilings=context.ceilings, note="pinned PCM in, decision out, one stream",
-    )  # fmt: skip
+    for precision in ("", *PRECISIONS):
+        if precision and context.left_s < 8:
+            record.put(left_out_text=f"from {precision} weights on: out of time")
+            break
+        _in_few_bits(precision, histories[-2:], context, record)
+        decision = ListeningStep(context, 1, histories[-1], "triton", precision)
+        moved = decision.step.weight_bytes + decision.step.kv_bytes + decision.perception.weight_bytes
+        record.line(
+            f"decision at {histories[-1]}, host to host", variant(precision), host_to_host(decision, context),
+            moved, ceilings=context.ceilings, note="pinned PCM in, decision out, one stream",
+        )  # fmt: skip
+
+
+def variant(precision: str) -> str:
+    return f"triton, {precision}" if precision else "triton"
+
+
+def _in_few_bits(precision: str, histories: tuple[int, ...], context: Context, record: Record) -> None:
+    """The encoder, the listening step and the text token with quantised weights."""
+    if not precision:
+        return
+    perception = Perception(context, 1, precision)
+    moved = perception.weight_bytes
+    _line("encoder, 1 chunk", "triton", perception.encode, moved, 0, context, record, variant(precision))
+    for what, rows in (("listening step", context.config.chunk_rows), ("text token", 1)):
+        for history in histories:
+            step = DecoderStep(context, [rows], [history], precision)
+            moved = step.weight_bytes + step.kv_bytes
+            name = f"{what} at {history}"
+            _line(name, "triton", step.run, moved, step.operations, context, record, variant(precision))
 
 
 def _dependent(name: str, context: Context, record: Record) -> None:
@@ -70,7 +95,10 @@ def _line(
     operations: float,
     context: Context,
     record: Record,
+    told: str = "",
 ) -> None:
+    """A line of a call under the backend `name`, which the table calls `told`."""
+
     def forced() -> None:
         with backend(name, context):
             call()
@@ -82,7 +110,7 @@ def _line(
         print(f"{what}, {name}: {type(error).__name__}: {error}")
         note = "eager, with the host's time"
         timing = measure([forced], context.device, graph=False)
-    record.line(what, name, timing, moved, operations, context.ceilings, note)
+    record.line(what, told or name, timing, moved, operations, context.ceilings, note)
 
 
 def host_to_host(step: ListeningStep, context: Context) -> Timing:

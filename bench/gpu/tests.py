@@ -12,7 +12,13 @@ from .machine import ROOT
 from .record import Context, Record
 
 WORKERS = 8
-ENGINE = ("streams", "captured_runner", "captured_perceive", "reply")  # those with graphs and streams of CUDA
+ENGINE = (
+    "streams",
+    "captured_runner",
+    "captured_perceive",
+    "quantised",
+    "reply",
+)  # those with graphs and streams of CUDA
 
 
 def run(context: Context, record: Record) -> None:

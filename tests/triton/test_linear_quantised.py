@@ -7,11 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from fastloop.config import MEL_BINS, small
+from fastloop.decoder import Decoder, StepRows
+from fastloop.encoder import Encoder
+from fastloop.ops import dispatch
 from fastloop.ops.linear import EPILOGUES
+from fastloop.quantise import QUANTISERS, Quantised
+from fastloop.stored import precision_of
 from fastloop.testing.assertions import seeded
+from fastloop.testing.cases import random_weights
 from fastloop.testing.implementations import Implementation
 from fastloop.testing.op_cases import Case, linear_quantised_case
+from fastloop.testing.tolerance import error_bound, relative_error
 from fastloop.triton_kernels.launch import record_launches
 from fastloop.triton_kernels.linear_quantised import linear_quantised_triton
 
@@ -66,3 +75,40 @@ def test_a_channel_of_zeros(device: str) -> None:
     case.arguments["scale"][5] = 0
     out = Implementation("linear_quantised", "triton", device)(**case.arguments)
     assert torch.equal(out[:, 5], case.arguments["bias"][5].expand(13))
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp8", "int4"])
+def test_a_step_of_the_model(precision: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoder and decoder over a converted checkpoint's weights: every matrix by the kernel, none of them a
+    product of floats, beside the same weights as float64.
+    """
+    monkeypatch.setitem(dispatch.BACKENDS_OF, "cpu", (*dispatch.BACKENDS_OF["cpu"], "triton"))
+    config = small(layers=1)
+    weights = random_weights(config)
+    wanted = {name: precision_of(name, tuple(w.shape), precision) for name, w in weights.items()}
+    matrices = {name: QUANTISERS[kept](weights[name]) for name, kept in wanted.items() if kept}
+    floats = {name: weight for name, weight in weights.items() if name not in matrices}
+    exact = {name: weight.double() for name, weight in floats.items()}
+    exact |= {name: matrix.dequantised().double() for name, matrix in matrices.items()}
+
+    def step(weights: dict[str, Tensor], quantised: dict[str, Quantised]) -> list[Tensor]:
+        home = device if quantised else "cpu"
+        moved = {name: weight.to(home) for name, weight in weights.items()}
+        few = {name: matrix.to(home) for name, matrix in quantised.items()}
+        dtype = weights["decoder.embed.weight"].dtype
+        frames = torch.randn(2, 40, MEL_BINS, generator=seeded(1)).to(home)
+        x = torch.randn(5, config.decoder.width, generator=seeded(2), dtype=dtype).to(home)
+        c = config.decoder
+        pages = torch.zeros(2, c.layers, 1, 8, c.kv_heads, c.head_width, dtype=dtype, device=home)
+        slots = torch.arange(5, device=home)
+        starts = torch.tensor([0, 5], dtype=torch.int32, device=home)
+        table = torch.tensor([[0]], dtype=torch.int32, device=home)
+        rows = StepRows(slots, slots, starts, table, starts[1:], torch.zeros_like(starts)[None])
+        hidden = Decoder(config, moved, few).forward(x, rows, *pages)
+        return [Encoder(config, moved, few).encode(frames).cpu(), hidden.cpu()]
+
+    with dispatch.use_backend("linear_quantised=triton"), torch.inference_mode():
+        made = step(floats, matrices)
+    plain = step({name: weight.float() for name, weight in exact.items()}, {})
+    for got, near, true in zip(made, plain, step(exact, {}), strict=True):
+        assert relative_error(got, true) <= error_bound(near, true, torch.float32)
