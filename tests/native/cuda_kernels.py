@@ -8,6 +8,7 @@ is the tests' choice here, and the host's in test_cuda_launches.py.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from inspect import signature
 from pathlib import Path
 from struct import pack
 from types import ModuleType
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Generator, Tensor
 
+from fastloop.ops import REGISTRY
 from fastloop.ops.mel import CLAMPS, EDGES
 
 SOURCES = Path(__file__).resolve().parents[2] / "csrc" / "cuda"
@@ -43,9 +45,20 @@ def struct(fields: str, *values: Any) -> bytes:
     return packed + bytes(-len(packed) % 8)
 
 
+def bound(op: str, args: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
+    """A call of an op as [its tensors, in the order of the op's arguments and of the kernel's struct, the
+    others...].
+    """
+    call = signature(REGISTRY[op].reference).bind(*args, **named)
+    call.apply_defaults()
+    values = list(call.arguments.values())
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    return [tensors, *(value for value in values if not isinstance(value, Tensor))]
+
+
 @dataclass
 class Kernels:
-    """Calls of the ops as launches of the kernels.
+    """Calls of the ops, with their arguments, as launches of the kernels.
 
     seed: of the order of threads; blocks: of a grid, or of a team, that may have any size; resident: clusters
     that run at the same time; held: whether sample keeps its logits in shared memory.
@@ -67,93 +80,53 @@ class Kernels:
         options = {"shared": shared, "cluster": cluster, "seed": self.seed, "resident": self.resident}
         self.libraries[op].launch(kernel, grid, [threads], *arguments, **options)
 
-    def mel(
-        self,
-        pcm: Tensor,
-        slots: Tensor,
-        tail: Tensor,
-        peak: Tensor,
-        seen: Tensor,
-        filters: Tensor,
-        bands: Tensor,
-        edge: str = "reflect",
-        clamp: str = "running",
-    ) -> Tensor:
+    def mel(self, *args: Any, **named: Any) -> Tensor:
+        tensors, edge, clamp = bound("mel", args, named)
+        pcm, filters = tensors[0], tensors[5]
         (streams, samples), bins = pcm.shape, len(filters)
         frames = poisoned(streams, samples // 160, bins)
         modes = EDGES.index(edge), 1 - CLAMPS.index(clamp)
-        params = struct(
-            "PPPPPPPPqiiii", pcm, slots, tail, peak, seen, filters, bands, frames, pcm.stride(0), samples,
-            bins, *modes,
-        )  # fmt: skip
+        params = struct("PPPPPPPPqiiii", *tensors, frames, pcm.stride(0), samples, bins, *modes)
         self.launch("mel", [streams], 448, params, shared=100 * 1024)
         return frames
 
-    def paged_attention(
-        self,
-        q: Tensor,
-        k_pages: Tensor,
-        v_pages: Tensor,
-        block_table: Tensor,
-        row_starts: Tensor,
-        kv_lens: Tensor,
-        gaps: Tensor,
-    ) -> Tensor:
+    def paged_attention(self, *args: Any, **named: Any) -> Tensor:
+        (tensors,) = bound("paged_attention", args, named)
+        q, k_pages, _, block_table, _, kv_lens, _ = tensors
         (_, heads, head), (page, groups) = q.shape, k_pages.shape[1:3]
         sums, scales = (poisoned(2 * self.blocks, groups, 128, width) for width in (head, 2))
         arrived = torch.zeros(self.blocks, groups, dtype=torch.int32)
         out = poisoned(*q.shape, dtype=q.dtype)
         kernel = f"paged_attention_{NAMES[q.dtype]}_{NAMES[k_pages.dtype]}_{64 if head <= 64 else 128}"
         params = struct(
-            "PPPPPPPPPPPiiiiif", q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps, out, sums,
-            scales, arrived, len(kv_lens), heads, head, page, block_table.stride(0), head**-0.5,
+            "PPPPPPPPPPPiiiiif", *tensors, out, sums, scales, arrived, len(kv_lens), heads, head, page,
+            block_table.stride(0), head**-0.5,
         )  # fmt: skip
         self.launch(kernel, [self.blocks, groups], 256, params, shared=128 * 1024)
         assert not arrived.any()
         return out
 
-    def decide(
-        self,
-        x: Tensor,
-        norm_weight: Tensor,
-        eps: float,
-        head: Tensor,
-        slots: Tensor,
-        policy: Tensor,
-        state: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def decide(self, *args: Any, **named: Any) -> tuple[Tensor, Tensor]:
+        tensors, eps = bound("decide", args, named)
+        x = tensors[0]
         rows, width = x.shape
         p, decision = poisoned(rows), poisoned(rows, dtype=torch.int32)
-        aligned = width * x.element_size() % 16 == 0 and all(
-            t.data_ptr() % 16 == 0 for t in (x, norm_weight, head)
-        )
-        params = struct(
-            "PPPPPPPPqdiii", x, norm_weight, head, slots, policy, state, p, decision, x.stride(0), eps, rows,
-            width, aligned,
-        )  # fmt: skip
+        aligned = width * x.element_size() % 16 == 0 and all(t.data_ptr() % 16 == 0 for t in tensors[:3])
+        params = struct("PPPPPPPPqdiii", *tensors, p, decision, x.stride(0), eps, rows, width, aligned)
         team = {"shared": 12 * rows, "cluster": self.blocks}
         self.launch(f"decide_{NAMES[x.dtype]}", [self.blocks], 512, params, **team)
         return p, decision
 
-    def sample(
-        self,
-        logits: Tensor,
-        banned: Tensor,
-        phase: Tensor,
-        temperature: Tensor,
-        top_k: Tensor,
-        top_p: Tensor,
-        seed: Tensor,
-        counter: Tensor,
-    ) -> Tensor:
+    def sample(self, *args: Any, **named: Any) -> Tensor:
+        (tensors,) = bound("sample", args, named)
+        logits, banned = tensors[:2]
         rows, vocab = logits.shape
         tokens = poisoned(rows, dtype=torch.int64)
         slice_ = -(-vocab // self.blocks // 8) * 8
         aligned = vocab % 8 == 0 and all(t.data_ptr() % 16 == 0 for t in (logits, banned))
         params = struct(
-            "PPPPPPPPPqiiii", logits, banned, phase, temperature, top_k, top_p, seed, counter, tokens,
-            logits.stride(0), vocab, slice_, self.held, aligned,
-        )  # fmt: skip
+            "PPPPPPPPPqiiii", *tensors, tokens, logits.stride(0), vocab, slice_, self.held, aligned
+        )
         room = {"shared": 34 * 1024 + (4 * slice_ if self.held else 0), "cluster": self.blocks}
         self.launch(f"sample_{NAMES[logits.dtype]}", [rows * self.blocks], 512, params, **room)
         return tokens
