@@ -16,7 +16,6 @@ import operator
 from typing import Any
 
 import numpy as np
-import soxr
 
 from ..config import SAMPLE_RATE
 from ..errors import SnapshotError
@@ -140,6 +139,8 @@ class Resampler:
             ) from error
         resampler.push(samples)
         if resampler.emitted != emitted or not np.array_equal(resampler._last, last):
+            import soxr
+
             raise SnapshotError(
                 f"Resampler.restore: the rebuilt {resampler.rate} Hz stream would not go on exactly (soxr "
                 f"here is {soxr.__version__}; another version cannot take it over); flush() before saving"
@@ -159,6 +160,8 @@ class Resampler:
 
 
 def _new_stream(rate: int) -> Any:
+    import soxr  # sound at 16 kHz does without it
+
     return soxr.ResampleStream(rate, SAMPLE_RATE, 1, dtype="float32", quality="HQ")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -116,3 +119,25 @@ def test_the_first_bad_sample_is_named(bad: float, shape: tuple[int, ...], data:
 
 def test_loud_sound_up_to_eight_times_full_scale_is_sound() -> None:
     assert to_mono_float32(np.array([8.0, -8.0])).tolist() == [8.0, -8.0]
+
+
+def test_samples_at_16_khz_need_neither_libsndfile_nor_soxr() -> None:
+    """A server that only gets samples runs without them; files and other rates say what is missing."""
+    script = """
+import sys
+sys.modules["soundfile"] = sys.modules["soxr"] = None  # as if they were not installed
+import numpy as np
+import fastloop.audio
+from fastloop.engine import Engine
+assert len(fastloop.audio.Resampler(16_000).push(np.zeros(160, np.float32))) == 160
+for use, missing in ((lambda: fastloop.audio.read("x.wav"), "soundfile"),
+                     (lambda: fastloop.audio.Resampler(8000), "soxr")):
+    try:
+        use()
+    except ImportError as error:
+        assert missing in str(error), error
+    else:
+        raise AssertionError(missing)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
