@@ -14,8 +14,8 @@ Ross et al. 2011, arXiv 1011.0686). Protocol: Audio Interaction Model, arXiv 260
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from .shards import Stream, Turn
 IGNORED = -100  # label of what is not learned
 EARLY, LATE = 0.1, 0.2  # chances that the history of a training sequence gives an answer too soon, too late
 LATE_CHUNKS = (0.6, 0.25, 0.15)  # by one chunk, two, three
+SOON_S = 0.3  # so long before its answer is due a sound that goes on may be answered
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,13 @@ class Reply:
 
 @dataclass(frozen=True)
 class Step:
-    """One chunk: what the history says and what would have been right (None: silence)."""
+    """One chunk: what the history says and what would have been right (None: silence); `free`: to answer
+    and to wait are both right.
+    """
 
     said: Reply | None = None
     wanted: Reply | None = None
+    free: bool = False
 
 
 @dataclass(frozen=True)
@@ -55,12 +59,18 @@ class TokenSequence:
     audio: Tensor
 
 
-def plan(answers: Mapping[int, Reply], chunks: int, rng: np.random.Generator | None = None) -> list[Step]:
+def plan(
+    answers: Mapping[int, Reply],
+    chunks: int,
+    rng: np.random.Generator | None = None,
+    free: Collection[int] = (),
+) -> list[Step]:
     """Chunk -> the reply due there, for `chunks` chunks -> one step a chunk.
 
     With `rng`, some histories answer one chunk too soon (then silence is right where it was due) or up to
-    three too late (then the answer is wanted until it is given). Of digits that are written too late, the
-    first may be written in time; the others join those of the next chunk.
+    three too late (then the answer is wanted until it is given). Digits move one by one: the first of a
+    chunk may be written in the chunk before, and those that are late join the next.
+    free: chunks in which the answer that is due in a later one may be given already.
     """
     steps, left = [Step() for _ in range(chunks)], dict(answers)
     for chunk in range(chunks):
@@ -69,14 +79,36 @@ def plan(answers: Mapping[int, Reply], chunks: int, rng: np.random.Generator | N
             continue
         roll = rng.random() if rng is not None else 1.0
         steps[chunk] = Step(said=reply, wanted=reply)
-        if roll < EARLY and chunk > 0 and steps[chunk - 1] == Step():
-            steps[chunk - 1 : chunk + 1] = [Step(said=reply, wanted=None), Step()]
+        if roll < EARLY and chunk > 0:
+            _answer_sooner(steps, chunk, chunk - 1 in free)
         elif rng is not None and EARLY <= roll < EARLY + LATE:
             if written(reply.text):
                 _write_later(steps, left, chunk, rng)
             else:
                 _answer_later(steps, left, chunk, rng)
+    for chunk in free:
+        if chunk not in left:
+            steps[chunk] = replace(steps[chunk], free=True)
     return steps
+
+
+def _answer_sooner(steps: list[Step], chunk: int, right: bool) -> None:
+    """Give the answer of a chunk, of digits the first, in the chunk before, if there is room; right: it may
+    be given there.
+    """
+    reply, before = steps[chunk].wanted, steps[chunk - 1]
+    assert reply is not None
+    first, *rest = reply.text.split() if written(reply.text) else [reply.text]
+    if before == Step():
+        text = first
+    elif before.said is not None and before.said == before.wanted and written(before.said.text + first):
+        text = f"{before.said.text} {first}"
+    else:
+        return
+    early = Reply(text, reply.emotion)
+    steps[chunk - 1] = Step(said=early, wanted=early if right else before.wanted)
+    now = Reply(" ".join(rest), reply.emotion) if rest else None
+    steps[chunk] = Step(said=now, wanted=now)
 
 
 def _answer_later(steps: list[Step], left: Mapping[int, Reply], chunk: int, rng: np.random.Generator) -> None:
@@ -119,7 +151,8 @@ def build(
         ids += listen
         labels += [IGNORED] * len(listen)
         ids.append(t.keep_silence if step.said is None else t.text_begin)
-        labels.append(t.keep_silence if step.wanted is None else t.text_begin)
+        right = t.keep_silence if step.wanted is None else t.text_begin
+        labels.append(IGNORED if step.free else right)
         if step.said is not None:
             spoken = reply_ids(config, tokenizer, step.said)
             ids += spoken
@@ -131,6 +164,19 @@ def build(
 def due_chunk(answer_s: float, chunk_s: float) -> int:
     """The first chunk at whose end an answer due from `answer_s` on can be given."""
     return max(0, math.ceil(answer_s / chunk_s - 1e-9) - 1)
+
+
+def free_chunks(turns: Iterable[Turn], chunks: int, chunk_s: float) -> set[int]:
+    """The chunks before the one in which an answer is due, in which it may be given already: once a word
+    has ended, or SOON_S before where a sound goes on.
+    """
+    found: set[int] = set()
+    for turn in turns:
+        if turn.answer_s is not None and turn.reply:
+            soon_s = turn.end_s if turn.end_s < turn.answer_s else turn.answer_s - SOON_S
+            due = min(chunks, due_chunk(turn.answer_s, chunk_s))
+            found.update(range(due_chunk(soon_s, chunk_s), due))
+    return found
 
 
 def written(text: str) -> bool:
@@ -172,5 +218,6 @@ def token_sequence(
     """
     chunk_s = config.chunk_seconds
     chunks = math.ceil(stream.seconds / chunk_s - 1e-9)
-    steps = plan(due_replies(stream.turns, chunks, chunk_s), chunks, rng)
+    due, free = due_replies(stream.turns, chunks, chunk_s), free_chunks(stream.turns, chunks, chunk_s)
+    steps = plan(due, chunks, rng, free)
     return build(config, tokenizer, steps, system_prompt)

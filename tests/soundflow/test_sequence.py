@@ -15,7 +15,8 @@ from fastloop.config import ModelConfig
 from fastloop.engine import Engine
 from fastloop.engine.runner import StepBatch, StepResult
 from fastloop.options import DecisionPolicy, EngineConfig, SessionConfig
-from fastloop.soundflow.sequence import IGNORED, Reply, Step, build, plan, written
+from fastloop.soundflow.sequence import IGNORED, Reply, Step, build, free_chunks, plan, written
+from fastloop.soundflow.shards import Turn
 from fastloop.testing.cases import random_sound, random_weights
 from fastloop.testing.streams import nano
 from fastloop.text import Tokenizer
@@ -95,10 +96,39 @@ def test_a_plan_says_everything_once_and_wants_it_until_it_is_said(
         wanted = " ".join(reply.text for _, reply in sorted(answers.items()) if kind(reply.text)).split()
         assert parts == wanted
     for step, then in itertools.pairwise([*steps, Step()]):
-        if step.wanted is not None and step.said != step.wanted:  # late: what is left is wanted next
+        wanted, given = (reply.text.split() if reply else [] for reply in (step.wanted, step.said))
+        if len(given) < len(wanted):  # late: what is left is wanted next
             assert then.wanted is not None
-            left = step.wanted.text.split()[len(step.said.text.split()) if step.said else 0 :]
+            left = wanted[len(given) :] if written(" ".join(wanted)) else wanted
             assert then.wanted.text.split()[: len(left)] == left
+
+
+def test_where_an_answer_is_free_to_come_its_decision_is_not_learned(
+    config: ModelConfig, words: Tokenizer
+) -> None:
+    def turn(label: str, end_s: float, answer_s: float) -> Turn:
+        return Turn("", "3", None, label, "", 0.1, end_s, answer_s)
+
+    digit, late, siren = (
+        turn("spoken_digits", 0.75, 0.87),
+        turn("spoken_digits", 0.85, 0.97),
+        turn("siren", 5, 1.0),
+    )
+    assert free_chunks([digit], 9, 0.4) == {1}  # it ends before the chunk in which it settles
+    assert free_chunks([late], 9, 0.4) == set()
+    assert free_chunks([siren], 9, 0.4) == {1} and free_chunks([siren], 1, 0.4) == set()
+    steps = plan({2: Reply("3")}, 4, free={1})
+    assert [step.free for step in steps] == [False, True, False, False]
+    made = build(config, words, steps)
+    t = config.tokens
+    decisions = made.labels[1:][made.ids[:-1] == t.assistant].tolist()
+    assert decisions == [t.keep_silence, IGNORED, t.text_begin, t.keep_silence]
+    answers, early = {1: Reply("2"), 2: Reply("3")}, set()
+    for seed in range(300):
+        found = plan(answers, 4, np.random.default_rng(seed), {1} if seed % 2 else ())
+        early.add(tuple((step.said.text if step.said else "", step.said == step.wanted) for step in found))
+    assert (("", True), ("2 3", True), ("", True), ("", True)) in early
+    assert (("", True), ("2 3", False), ("", True), ("", True)) in early
 
 
 def test_answers_come_early_in_time_and_up_to_three_chunks_late() -> None:

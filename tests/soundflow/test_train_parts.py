@@ -234,7 +234,7 @@ def test_a_batch_holds_what_the_protocol_says(tmp_path: Path) -> None:
     assert torch.equal(batch.audio, batch.ids == t.audio_pad)
     decides = batch.ids[:, :-1] == t.assistant
     assert int(decides.sum()) == 24
-    assert set(batch.labels[:, 1:][decides].tolist()) <= {t.keep_silence, t.text_begin}
+    assert set(batch.labels[:, 1:][decides].tolist()) <= {t.keep_silence, t.text_begin, IGNORED}
     assert (batch.labels[batch.audio] == IGNORED).all()
     assert batch.active.shape == (24, config.chunk_tokens, len(batches.classes))
     siren_s = float(batch.active[..., batches.classes["siren"]].sum()) * 0.04
