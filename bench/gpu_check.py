@@ -3,9 +3,9 @@
     python bench/gpu_check.py --out DIR [--section NAME ...] [--budget SECONDS] [--tune]
     python bench/gpu_check.py --out DIR --dry-run      the whole program on the CPU, tiny, kernels interpreted
 
-Writes DIR/gpu_check.json (everything) and DIR/gpu_check.txt (the table) after every section. Each section
-runs in a process of its own with a limit of time, so a crash, a hang or a poisoned CUDA context costs that
-section alone and is named. Exit code 1 where a section failed or found something wrong.
+Writes DIR/gpu_check.json (everything) and DIR/gpu_check.txt (the table) every few seconds. Each section runs
+in a process of its own with a limit of time, so a crash, a hang or a poisoned CUDA context costs that section
+alone and is named. Exit code 1 where a section failed or found something wrong.
 """
 
 from __future__ import annotations
@@ -16,17 +16,19 @@ import datetime
 import importlib
 import json
 import os
-import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from gpu.table import page
 
+BEGAN = time.monotonic()  # before torch is imported: a section's limit counts from here
 ROOT = Path(__file__).resolve().parents[1]
 
 # Section: its seconds, and what the sections before it have left over. Their order is what a run cut short
@@ -46,6 +48,9 @@ SECTIONS = {
 }
 BUDGET_S = 535  # of all but `tune`
 LEAST_S = 10  # a section is not begun with less time than this
+GRACE_S = 5  # that a section has to come to its end before it is stopped
+TELL_S = 5  # between two writes while a section runs
+KILL_S = 10  # a process that hangs in the driver does not end at all
 
 
 def main() -> int:
@@ -59,17 +64,19 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="the whole program on the CPU with tiny sizes")
     parser.add_argument("--child", metavar="SECTION", help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, default=60, help=argparse.SUPPRESS)
+    parser.add_argument("--parts", type=Path, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported, here and in children
     chosen.out.mkdir(parents=True, exist_ok=True)
     if chosen.child:
         return child(chosen)
-    return parent(chosen)
+    with tempfile.TemporaryDirectory(prefix="gpu_check_", ignore_cleanup_errors=True) as parts:
+        return parent(chosen, Path(parts))
 
 
-def parent(chosen: argparse.Namespace) -> int:
-    """Run the sections one after the other and gather what they write."""
+def parent(chosen: argparse.Namespace, parts: Path) -> int:
+    """Run the sections one after the other and gather what each writes into the folder `parts`."""
     began = time.monotonic()
     names = [n for n in SECTIONS if n in (chosen.section or [])] or [n for n in SECTIONS if n != "tune"]
     names += ["tune"] if chosen.tune and "tune" not in names else []
@@ -80,61 +87,85 @@ def parent(chosen: argparse.Namespace) -> int:
         "dry_run": chosen.dry_run,
         "sections": {},
     }
-    parts = chosen.out / "parts"
-    parts.mkdir(exist_ok=True)
+
+    def tell(name: str, found: dict[str, Any]) -> None:
+        results["sections"][name] = found
+        results["seconds"] = round(time.monotonic() - began, 1)
+        write(results, chosen.out)
+
     for place, name in enumerate(names):
         reserved = sum(SECTIONS[later] for later in names[place + 1 :])
         left = budget - (time.monotonic() - began)
         if left < LEAST_S:
-            results["sections"][name] = {"status": "skipped", "reason": f"{left:.0f} s left of the budget"}
+            tell(name, {"status": "skipped", "reason": f"{left:.0f} s left of the budget"})
         else:
             limit = max(left - reserved, min(left, LEAST_S))
-            results["sections"][name] = section(name, limit, chosen, parts)
-        results["seconds"] = round(time.monotonic() - began, 1)
-        write(results, chosen.out)
-    shutil.rmtree(parts)
+            tell(name, section(name, limit, chosen, parts, tell))
     print((chosen.out / "gpu_check.txt").read_text())
     return int(bool(problems(results)))
 
 
-def section(name: str, limit: float, chosen: argparse.Namespace, parts: Path) -> dict[str, Any]:
-    """One section in its own process; whatever happens to it, what it wrote is kept."""
-    command = [sys.executable, __file__, "--out", str(chosen.out), "--child", name, "--limit", str(limit)]
-    command += ["--dry-run"] if chosen.dry_run else []
-    began = time.monotonic()
-    status, log = "ok", ""
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
-        start_new_session=True, env=environment(chosen.out),
-    )  # fmt: skip
+def section(
+    name: str,
+    limit: float,
+    chosen: argparse.Namespace,
+    parts: Path,
+    tell: Callable[[str, dict[str, Any]], None] = lambda name, found: None,
+) -> dict[str, Any]:
+    """One section in its own process; whatever happens to it, what it wrote is kept. tell: hears of it
+    meanwhile.
+    """
+    command = [sys.executable, __file__, "--out", str(chosen.out), "--parts", str(parts), "--child", name]
+    command += ["--limit", str(limit), *(["--dry-run"] if chosen.dry_run else [])]
+    began, log = time.monotonic(), parts / f"{name}.log"
+
+    def found(status: str) -> dict[str, Any]:
+        part = parts / f"{name}.json"
+        written: dict[str, Any] = json.loads(part.read_text()) if part.exists() else {}
+        return written | {"status": status, "seconds": round(time.monotonic() - began, 1)}
+
+    with log.open("w") as said:  # no pipe, whose end waits for all that the section started
+        process = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=said, stderr=subprocess.STDOUT, start_new_session=True,
+            env=environment(parts),
+        )  # fmt: skip
+    status = ""
     try:
-        log, _ = process.communicate(timeout=limit)
-        if process.returncode:
-            status = "failed"
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)  # the section and what it started
-        log, _ = process.communicate()
-        status = f"stopped after {limit:.0f} s"
-    part = parts / f"{name}.json"
-    found: dict[str, Any] = json.loads(part.read_text()) if part.exists() else {}
-    found |= {"status": status, "seconds": round(time.monotonic() - began, 1)}
+        while not status:
+            left = began + limit - time.monotonic()
+            try:
+                status = "failed" if process.wait(max(min(left, TELL_S), 0.01)) else "ok"
+            except subprocess.TimeoutExpired:
+                status = f"stopped after {limit:.0f} s" if left <= TELL_S else ""
+                tell(name, found("running"))
+    finally:
+        end(process)
+    result = found(status)
     if status != "ok":
-        found["log"] = log[-4000:]
-    print(f"{name}: {found['status']}, {found['seconds']} s", flush=True)
-    return found
+        result |= {"log": log.read_text(errors="replace")[-4000:], "exit_code": process.returncode}
+    print(f"{name}: {result['status']}, {result['seconds']} s", flush=True)
+    return result
 
 
-def environment(out: Path) -> dict[str, str]:
+def end(process: subprocess.Popen[bytes]) -> None:
+    """A section and whatever it started and left behind."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(KILL_S)
+
+
+def environment(parts: Path) -> dict[str, str]:
     """Of a section: the checkout is importable, kernels are cached in one place for all sections."""
-    paths = [str(importable(out)), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [str(importable(parts)), *filter(None, [os.environ.get("PYTHONPATH")])]
     return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
 
 
-def importable(out: Path) -> Path:
+def importable(parts: Path) -> Path:
     """A folder with `fastloop` as it is installed (triton_kernels inside it), of links into the checkout: so
     that the sections run where nothing can be installed, on these sources and no others.
     """
-    package = out.resolve() / "parts" / "import" / "fastloop"
+    package = parts.resolve() / "import" / "fastloop"
     package.mkdir(parents=True, exist_ok=True)
     for source in (*(ROOT / "fastloop").iterdir(), ROOT / "triton_kernels"):
         link = package / source.name
@@ -155,7 +186,7 @@ def child(chosen: argparse.Namespace) -> int:
     if not cuda and not chosen.dry_run:
         print(f"torch {torch.__version__} sees no GPU; --dry-run runs the program on the CPU")
         return 1
-    ceilings = chosen.out / "parts" / "ceilings.json"
+    ceilings = chosen.parts / "ceilings.json"
     known = json.loads(ceilings.read_text())["values"] if ceilings.exists() else {}
     context = Context(
         device="cuda" if cuda else "cpu",
@@ -163,10 +194,11 @@ def child(chosen: argparse.Namespace) -> int:
         config=published_3b() if cuda else small(vocab=64, layers=1),
         dtype=torch.bfloat16 if cuda else torch.float32,
         out=chosen.out,
-        ends=time.monotonic() + chosen.limit - 5,
+        parts=chosen.parts,
+        ends=BEGAN + chosen.limit - GRACE_S,
         ceilings={name: known[name] for name in ("read", "copy", "matmul")} if "matmul" in known else {},
     )
-    record = Record(chosen.out / "parts" / f"{chosen.child}.json")
+    record = Record(chosen.parts / f"{chosen.child}.json")
     if chosen.child == "build":
         record.put(**describe(context.device))
     with Telemetry() as telemetry, dry_blocks(chosen.dry_run):
@@ -197,15 +229,19 @@ def problems(results: dict[str, Any]) -> list[str]:
     found = []
     for name, content in results["sections"].items():
         found += [f"{name}: {text}" for text in content.get("problems", [])]
-        if content["status"] not in ("ok", "skipped") and not content.get("problems"):
+        if content["status"] not in ("ok", "skipped", "running") and not content.get("problems"):
             found.append(f"{name}: {content['status']}; its log is in gpu_check.json")
     return found
 
 
 def write(results: dict[str, Any], out: Path) -> None:
-    """The JSON and the table, whole after every section."""
-    (out / "gpu_check.json").write_text(json.dumps(results, indent=1))
-    (out / "gpu_check.txt").write_text(page(results, problems(results)))
+    """The JSON and the table, whole at any time."""
+    for name, text in (
+        ("gpu_check.json", json.dumps(results, indent=1)),
+        ("gpu_check.txt", page(results, problems(results))),
+    ):
+        (out / f"{name}.tmp").write_text(text)
+        (out / f"{name}.tmp").replace(out / name)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,12 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
+import textwrap
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -41,7 +45,7 @@ def test_the_whole_program_without_a_gpu(tmp_path: Path) -> None:
     assert {line["name"] for line in sections["ops"]["lines"]} > {"decide", "rope_append"}
     assert len(sections["parity"]["values"]["errors"]) > 8
     assert "DRY RUN" in table and "no problems" in table
-    assert not (tmp_path / "parts").exists()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["dry_run.json", "gpu_check.json", "gpu_check.txt"]
 
 
 def test_a_section_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
@@ -77,21 +81,99 @@ def test_the_sections_fit_the_budget_and_are_files() -> None:
     assert sum(module.SECTIONS.values()) - module.SECTIONS["tune"] == module.BUDGET_S < 9 * 60
 
 
-def test_a_section_that_hangs_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """...with all that it started, and what it had written is kept."""
+Section = Callable[[str, float], tuple[dict[str, Any], list[dict[str, Any]]]]
+
+
+@pytest.fixture
+def section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Section:
+    """`section(script, limit)`: the script as a section, and what was told of it meanwhile. It finds its file
+    of results as PART.
+    """
     module = load()
-    parts = tmp_path / "parts"
-    parts.mkdir()
-    sleeper = tmp_path / "sleeper.py"
-    sleeper.write_text(
-        "import pathlib, subprocess, sys, time\n"
-        f'pathlib.Path({str(parts / "ops.json")!r}).write_text(\'{{"values": {{"half": 1}}}}\')\n'
-        "subprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+
+    def run(script: str, limit: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        source, told = tmp_path / "section.py", []
+        part = f"import pathlib; PART = pathlib.Path({str(tmp_path / 'ops.json')!r})\n"
+        source.write_text(part + textwrap.dedent(script))
+        monkeypatch.setattr(module, "__file__", str(source))
+        monkeypatch.setattr(module, "environment", lambda parts: dict(os.environ))
+        monkeypatch.setattr(module, "TELL_S", 0.2)
+        chosen = module.argparse.Namespace(out=tmp_path, dry_run=False)
+        found = module.section("ops", limit, chosen, tmp_path, lambda name, now: told.append(now))
+        for text in module.problems({"sections": {"ops": found}}):
+            found.setdefault("told", []).append(text)
+        return found, told
+
+    return run
+
+
+def test_a_section_that_hangs_is_stopped(section: Section) -> None:
+    """What it had written is kept, and was told of while it ran."""
+    found, told = section(
+        """
+        import time
+        PART.write_text('{"values": {"half": 1}}')
+        time.sleep(600)
+        """,
+        5.0,
     )
-    monkeypatch.setattr(module, "__file__", str(sleeper))
-    monkeypatch.setattr(module, "environment", lambda out: dict(os.environ))
-    chosen = module.argparse.Namespace(out=tmp_path, dry_run=False)
-    found = module.section("ops", 3.0, chosen, parts)
-    assert found["status"] == "stopped after 3 s" and found["values"] == {"half": 1}
-    (problem,) = module.problems({"sections": {"ops": found}})
-    assert problem == "ops: stopped after 3 s; its log is in gpu_check.json"
+    assert found["status"] == "stopped after 5 s" and found["values"] == {"half": 1}
+    assert found["told"] == ["ops: stopped after 5 s; its log is in gpu_check.json"]
+    assert told[-1]["values"] == {"half": 1} and {now["status"] for now in told} == {"running"}
+
+
+@pytest.mark.parametrize("then", ["time.sleep(600)", "os.abort()", "pass"])
+def test_what_a_section_leaves_behind_ends_with_it(section: Section, then: str, tmp_path: Path) -> None:
+    """Also where it holds the section's output open: nobody waits for that."""
+    found, _ = section(
+        f"""
+        import os, subprocess, sys, time
+        left = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        pathlib.Path({str(tmp_path / "pid")!r}).write_text(str(left.pid))
+        print("words", flush=True)
+        {then}
+        """,
+        5.0,
+    )
+    status = {"time.sleep(600)": "stopped after 5 s", "os.abort()": "failed", "pass": "ok"}[then]
+    assert found["status"] == status
+    assert status == "ok" or found["log"].startswith("words")
+    assert status != "failed" or found["exit_code"] == -signal.SIGABRT
+    state = Path("/proc", (tmp_path / "pid").read_text(), "stat")
+    gone = time.monotonic() + 30
+    while state.exists() and state.read_text().split()[2] != "Z" and time.monotonic() < gone:
+        time.sleep(0.05)
+    assert not state.exists() or state.read_text().split()[2] == "Z"
+
+
+def test_a_program_that_is_stopped_has_said_what_it_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    """...even if something it started still holds its output."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    finished = importlib.import_module("gpu.process").finished
+    script = """
+    import subprocess, sys
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    print(child.pid, flush=True)
+    child.wait()
+    """
+    code, said = finished([sys.executable, "-c", textwrap.dedent(script)], 5.0)
+    assert code is None
+    os.kill(int(said), signal.SIGKILL)  # it was still there
+    assert finished([sys.executable, "-c", "import sys; print(1); sys.exit(3)"], 60) == (3, "1\n")
+
+
+def test_a_suite_that_is_stopped_counts_by_its_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    tests, record = (importlib.import_module(f"gpu.{name}") for name in ("tests", "record"))
+    said = """
+tests/a.py::test_one PASSED                      [ 25%]
+[gw1] [ 50%] FAILED tests/b.py::test_two[cuda-float32]
+[gw0] [ 75%] PASSED tests/b.py::test_three
+tests/b.py::test_four SKIPPED (no flash-attn)    [100%]
+"""
+    found = record.Record(tmp_path / "tests.json")
+    tests._count_lines("ops", said, 20.4, found)
+    assert found.values["ops_text"] == "2 passed, 1 failed, 1 skipped within 20 s, the rest did not run"
+    assert found.problems == ["[gw1] [ 50%] FAILED tests/b.py::test_two[cuda-float32]"]
+    tests._count_lines("cuda", "importing", 5, found)
+    assert found.problems[1] == "tests of cuda: none passed within 5 s: importing"

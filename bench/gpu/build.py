@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from .machine import ROOT
+from .process import finished
 from .record import Context, Record
 
 WARMERS = 8
@@ -69,10 +70,11 @@ def _image_texts(images: dict[str, subprocess.Popen[str]], context: Context) -> 
     for op, process in images.items():
         try:
             told, _ = process.communicate(timeout=max(context.left_s, 1))
+            told = told.strip()[-300:] if process.returncode else "compiled"
         except subprocess.TimeoutExpired:
             process.kill()
             told = "not compiled in time"
-        texts.append(f"{op}: {told.strip()[-300:] if process.returncode else 'compiled'}")
+        texts.append(f"{op}: {told}")
     return texts
 
 
@@ -82,14 +84,12 @@ def _native(context: Context, record: Record) -> None:
         record.put(native_text="no compiler here")
         return
     command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
-    try:
-        limit = max(context.left_s - 5, 5)
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
-    except subprocess.TimeoutExpired:
+    code, said = finished(command, max(context.left_s - 5, 5))
+    if code is None:
         record.problem("the build of csrc/ did not end in time")
         return
-    if done.returncode:
-        record.problem("the build of csrc/ failed: " + (done.stderr or done.stdout)[-600:])
+    if code:
+        record.problem("the build of csrc/ failed: " + said[-600:])
         return
     importlib.invalidate_caches()
     check = [sys.executable, "-c", "from fastloop.ops.native import reason; print(reason or 'built, loads')"]

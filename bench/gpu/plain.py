@@ -123,9 +123,8 @@ def thinker_step(model: Any, config: ModelConfig, history: int) -> Callable[[], 
             model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
 
     def step() -> Tensor:
-        kept = cache.get_seq_length()
         hidden = model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True).last_hidden_state
-        cache.crop(kept)
+        cache.crop(-config.chunk_rows)  # what to take off; transformers 5 refuses what to keep
         return F.linear(hidden[0, -1:], head)
 
     return step

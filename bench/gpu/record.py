@@ -22,6 +22,7 @@ class Context:
     config: ModelConfig
     dtype: torch.dtype
     out: Path
+    parts: Path  # for files that are not results
     ends: float  # time.monotonic() at which the section must have ended
     ceilings: dict[
         str, float

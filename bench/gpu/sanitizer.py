@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
+from .process import finished
 from .record import Context, Record
 
 TOOLS = ("memcheck", "racecheck")
@@ -32,15 +32,13 @@ def run(context: Context, record: Record) -> None:
 def _report(name: str, command: list[str], record: Record, limit: float, sanitized: bool = True) -> None:
     # Without the caching allocator every tensor is an allocation of its own, with nothing legal behind it.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit, env=environment)
-    except subprocess.TimeoutExpired:
+    code, told = finished(command, limit, env=environment)
+    if code is None:
         record.problem(f"{name} did not end within {limit:.0f} s")
         return
-    told = done.stdout + done.stderr
     found = re.search(r"(ERROR|RACECHECK) SUMMARY: (\d+)", told)
-    if DONE not in told or done.returncode or (sanitized and found is None):
-        record.problem(f"{name} did not run to its end (exit code {done.returncode}): {told[-800:]}")
+    if DONE not in told or code or (sanitized and found is None):
+        record.problem(f"{name} did not run to its end (exit code {code}): {told[-800:]}")
     elif found is not None and int(found[2]):
         record.problem(f"{name}: {found[0]}; {told[:800]}")
     else:
