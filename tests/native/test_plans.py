@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastloop import ops
+from fastloop import decoder, encoder, ops
 from fastloop.checkpoint import Model
 from fastloop.config import ModelConfig, small
 from fastloop.decoder import Decoder, StepRows
@@ -122,6 +122,8 @@ def emulate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         with monkeypatch.context() as patch, ops.use_backend("reference"):
             for name in ("linear", "conv_stem", "rope_append", "paged_attention"):
                 patch.setattr(ops, name, getattr(emulation, name))
+            for module in (decoder, encoder):
+                patch.setattr(module, "linear_kept", emulation.linear)
             return body()
 
     yield run
