@@ -4,6 +4,12 @@ On a GPU a graph is a torch.cuda.CUDAGraph; on the CPU it is the recorder's tape
 could not do (fastloop.engine.recorder). The graphs of one stream share one memory pool, for they run one
 after another and none keeps anything there; streams overlap, so each has a pool of its own.
 FASTLOOP_CAPTURE=0 runs the same work op by op. No global state of torch is changed.
+
+FASTLOOP_DEPENDENT=1 lets the kernels of backend "cuda" start before the one in front of them in their graph
+has ended, and load their weights meanwhile (fastloop.ops.cuda.dependent_launches; sm_90 and newer). No work
+that is captured writes a weight: they are its `constants`, and the recorder refuses work that writes one.
+Between graphs nothing overlaps, and a loop's body is captured without it. Off, until a results file shows it
+right and faster. (Triton's kernels have it by their table of the device.)
 """
 
 from __future__ import annotations
@@ -17,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
+from ..ops.cuda import dependent_launches
 from . import streams as schedule
 from .conditional import capture_loop
 from .recorder import CaptureError, Span, record
@@ -38,9 +45,18 @@ class _Eager:
 
 def capture_enabled() -> bool:
     """FASTLOOP_CAPTURE: "1" (default) captures, "0" runs every step op by op."""
-    value = os.environ.get("FASTLOOP_CAPTURE", "1")
+    return _switch("FASTLOOP_CAPTURE", "1")
+
+
+def dependent_enabled() -> bool:
+    """FASTLOOP_DEPENDENT: "1" lets kernels of a graph overlap, "0" (default) does not."""
+    return _switch("FASTLOOP_DEPENDENT", "0")
+
+
+def _switch(name: str, default: str) -> bool:
+    value = os.environ.get(name, default)
     if value not in ("0", "1"):
-        raise ConfigError(f"FASTLOOP_CAPTURE: must be 0 or 1, got {value!r}")
+        raise ConfigError(f"{name}: must be 0 or 1, got {value!r}")
     return value == "1"
 
 
@@ -48,7 +64,7 @@ class Graphs:
     """What captures for the streams of one runner."""
 
     def __init__(self, device: torch.device, streams: Streams) -> None:
-        self.enabled = capture_enabled()
+        self.enabled, self._dependent = capture_enabled(), dependent_enabled()
         self._streams, self._device = streams, device
         self._on_gpu = device.type == "cuda"
         with_pools = self._on_gpu and self.enabled
@@ -63,6 +79,7 @@ class Graphs:
         CaptureError on the CPU where no graph could capture it.
         """
         self._await_buffers()
+        work = self._overlapping(work)
         if not self.enabled:
             return _Eager(work)
         graphs: list[Graph] = []
@@ -103,6 +120,15 @@ class Graphs:
 
         schedule.capture(self._streams, stream, capture)
         return graphs[0]
+
+    def _overlapping(self, work: Callable[[], None]) -> Callable[[], None]:
+        """The work with dependent launches, if they are wanted: a graph keeps how kernels were launched."""
+
+        def inside() -> None:
+            with dependent_launches(True):
+                work()
+
+        return inside if self._dependent else work
 
     def _await_buffers(self) -> None:
         """What the caller has queued on its own stream, the filling of new buffers, comes before their graph.

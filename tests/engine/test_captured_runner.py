@@ -206,6 +206,10 @@ def test_switches(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="FASTLOOP_CAPTURE: must be 0 or 1, got 'yes'"):
         Engine(model, EngineConfig(runner="captured"))
     monkeypatch.delenv("FASTLOOP_CAPTURE")
+    monkeypatch.setenv("FASTLOOP_DEPENDENT", "true")
+    with pytest.raises(ConfigError, match="FASTLOOP_DEPENDENT: must be 0 or 1, got 'true'"):
+        Engine(model, EngineConfig(runner="captured"))
+    monkeypatch.delenv("FASTLOOP_DEPENDENT")
     assert isinstance(Engine(model, EngineConfig(runner="captured")).runner, CapturedRunner)
     assert not isinstance(Engine(model).runner, CapturedRunner)
     with pytest.raises(ConfigError, match="the captured runner keeps the checkpoint's"):
@@ -222,3 +226,19 @@ def test_cuda_graphs_say_what_the_eager_runner_says(policy: DecisionPolicy) -> N
         for runner in ("eager", "captured")
     ]
     assert [comparable(events) for events in runs[0]] == [comparable(events) for events in runs[1]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_kernels_that_overlap_in_a_graph_say_the_same(
+    policy: DecisionPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the bit, p(respond) included; on a GPU older than sm_90 none does."""
+    own = random_model(MODEL, seed=3)
+    own = Model(MODEL, {name: weight.cuda() for name, weight in own.weights.items()}, own.tokenizer)
+    scripts, runs = some_scripts(policy, 6, seed=2), []
+    with ops.use_backend("mel=cuda,paged_attention=cuda,decide=cuda,sample=cuda"):
+        for flag in ("0", "1"):
+            monkeypatch.setenv("FASTLOOP_DEPENDENT", flag)
+            config = EngineConfig(max_sessions=6, page_tokens=16, runner="captured")
+            runs.append(run_engine(Engine(own, config), scripts))
+    assert runs[0] == runs[1]

@@ -15,9 +15,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastloop.ops import cuda
+from fastloop.engine import Engine
+from fastloop.ops import cuda, use_backend
+from fastloop.ops.dispatch import BACKENDS_OF
 from fastloop.ops.native import native, reason
+from fastloop.options import EngineConfig, SessionConfig
 from fastloop.testing.assertions import seeded
+from fastloop.testing.cases import random_model, random_sound
+from fastloop.testing.drive import Script, lively_policy, run_engine
 from fastloop.testing.implementations import Implementation
 from fastloop.testing.op_cases import (
     Case,
@@ -27,6 +32,7 @@ from fastloop.testing.op_cases import (
     sample_case,
 )
 from fastloop.testing.selfcheck import compare
+from fastloop.testing.steps import MODEL
 
 pytestmark = [
     pytest.mark.skipif(native is None, reason=reason),
@@ -257,6 +263,33 @@ def test_dependent_launches(gpu: Any, driver: Any, major: int) -> None:
     (launch,) = driver.launches()
     assert launch["dependent"] == (major == 9) and launch["stream"] == 0xBEEF
     assert ((p > 0) & (p < 1)).all()
+
+
+def test_the_kernels_of_a_step_overlap_where_that_is_asked_for(
+    gpu: Any, driver: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FASTLOOP_DEPENDENT: every launch of a step and of its perception, and none of what is no graph's work,
+    here the prefix. By default none. What is said is equal to the bit. (Op by op, as a graph's work is run.)
+    """
+    monkeypatch.setenv("FASTLOOP_CAPTURE", "0")
+    monkeypatch.setitem(BACKENDS_OF, "cpu", (*BACKENDS_OF["cpu"], "cuda"))
+    model = random_model(MODEL, seed=3)
+    options = SessionConfig(policy=lively_policy(model), max_response_tokens=4, seed=1)
+    heard, dependent = [], []
+    for flag in (None, "1"):
+        if flag:
+            monkeypatch.setenv("FASTLOOP_DEPENDENT", flag)
+        driver.events()
+        with use_backend("mel=cuda,paged_attention=cuda,decide=cuda,sample=cuda"):
+            engine = Engine(model, EngineConfig(max_sessions=1, page_tokens=16, runner="captured"))
+            heard.append(run_engine(engine, [Script(options, random_sound(1.2))]))
+        launches = driver.launches()
+        assert {launch["launch"].split("_")[0] for launch in launches} == {"mel", "paged", "decide", "sample"}
+        dependent.append([launch["dependent"] for launch in launches])
+    assert heard[0] == heard[1] and len(heard[0][0]) > 2
+    prefix = model.config.decoder.layers
+    assert dependent[0] == [False] * len(dependent[1])
+    assert dependent[1] == [False] * prefix + [True] * (len(dependent[1]) - prefix)
 
 
 def test_no_op_has_it_as_its_default() -> None:
