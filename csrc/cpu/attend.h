@@ -121,6 +121,11 @@ struct Tile {
     const float* value_scale = nullptr;
 };
 
+// The keys and values that come next: a block's share of them for each unit of its walk over this tile's.
+struct Next {
+    Ahead keys, values;
+};
+
 template <class Kind>
 struct Attend {
     static constexpr size_t kTileUnits = kSlotTile / kInUnit<Kind>;
@@ -251,32 +256,31 @@ struct Attend {
     }
 
     // One tile of `count` slots; hide(row, scores, span) puts -inf where the row may not look, of `span` >= count scores;
-    // ahead(block, blocks) may ask for memory that comes next.
-    template <class Hide, class Ahead>
-    void tile(const Tile& t, size_t count, Hide&& hide, Ahead&& ahead) {
+    // ahead(block, blocks) is what each block asks for.
+    template <class Hide, class Ask>
+    void tile(const Tile& t, size_t count, Hide&& hide, Ask&& ahead) {
         const fastloop::Blocks blocks(rows, kBlock);
         for (size_t block = 0; block < blocks.count; ++block) {
             const size_t begin = blocks.begin(block);
-            ahead(block, blocks.count);
-            choose<kBlock>(blocks.begin(block + 1) - begin, t, begin, count, hide);
+            choose<kBlock>(blocks.begin(block + 1) - begin, t, begin, count, hide, ahead(block, blocks.count));
         }
     }
 
     template <size_t R, class Hide>
-    void choose(size_t rows_here, const Tile& t, size_t begin, size_t count, Hide& hide) {
-        if (rows_here == R) rows_of<R>(t, begin, count, hide);
-        else if constexpr (R > 1) choose<R - 1>(rows_here, t, begin, count, hide);
+    void choose(size_t rows_here, const Tile& t, size_t begin, size_t count, Hide& hide, const Next& next) {
+        if (rows_here == R) rows_of<R>(t, begin, count, hide, next);
+        else if constexpr (R > 1) choose<R - 1>(rows_here, t, begin, count, hide, next);
     }
 
     template <size_t R, class Hide>
-    void rows_of(const Tile& t, size_t begin, size_t count, Hide& hide) {
+    void rows_of(const Tile& t, size_t begin, size_t count, Hide& hide, const Next& next) {
         alignas(64) float scores[R * kSlotTile];
         const size_t span = (count + kPanel - 1) / kPanel * kPanel;
         for (size_t half = 0; half < span / kPanel; ++half)
             for (size_t first = 0; first < units; first += kRun) {
                 Block<Kind, R> block;
                 sum_block<Kind, R>(block, t.keys + (half * units + first) * kPanel * 4, q + begin * units + first * R,
-                                   units - first < kRun ? units - first : kRun);
+                                   units - first < kRun ? units - first : kRun, next.keys.behind(half * units + first));
                 if (first == 0) block.put(scores + half * kPanel, kSlotTile);
                 else block.add_to(scores + half * kPanel, kSlotTile);
             }
@@ -288,16 +292,18 @@ struct Attend {
                 }
         for (size_t r = 0; r < R; ++r) hide(begin + r, scores + r * kSlotTile, span);
         soften<R>(begin, scores, span);
-        weigh<R>(static_cast<const Kind*>(nullptr), t, begin, scores, span, (count + kInUnit<Kind> - 1) / kInUnit<Kind>);
+        weigh<R>(static_cast<const Kind*>(nullptr), t, begin, scores, span, (count + kInUnit<Kind> - 1) / kInUnit<Kind>,
+                 next.values);
     }
 
     // sums = sums x keep + weights [R][64] x values.
     template <size_t R>
-    void weigh(const Float32*, const Tile& t, size_t begin, const float* weights, size_t, size_t tile_units) {
-        add_values<R>(t, begin, reinterpret_cast<const AnyUnit*>(weights), tile_units);
+    void weigh(const Float32*, const Tile& t, size_t begin, const float* weights, size_t, size_t tile_units, Ahead ahead) {
+        add_values<R>(t, begin, reinterpret_cast<const AnyUnit*>(weights), tile_units, ahead);
     }
     template <size_t R>
-    void weigh(const Bfloat16*, const Tile& t, size_t begin, const float* weights, size_t span, size_t tile_units) {
+    void weigh(const Bfloat16*, const Tile& t, size_t begin, const float* weights, size_t span, size_t tile_units,
+               Ahead ahead) {
         alignas(64) int32_t packed[R * kTileUnits];
         for (size_t r = 0; r < R; ++r)
             for (size_t s = 0; s < span; s += kLanes) {
@@ -306,13 +312,14 @@ struct Attend {
                 const HalfLanes half = halves_of(p);
                 __builtin_memcpy(reinterpret_cast<char*>(packed + r * kTileUnits) + 2 * s, &half, sizeof half);
             }
-        add_values<R>(t, begin, packed, tile_units);
+        add_values<R>(t, begin, packed, tile_units, ahead);
     }
     template <size_t R>
-    void add_values(const Tile& t, size_t begin, const AnyUnit* weights, size_t tile_units) {
+    void add_values(const Tile& t, size_t begin, const AnyUnit* weights, size_t tile_units, Ahead ahead) {
         for (size_t panel = 0; panel < panels; ++panel) {
             Block<Kind, R> block;
-            sum_block_apart<Kind, R, kTileUnits>(block, t.values + panel * kTileUnits * kPanel * 4, weights, tile_units);
+            sum_block_apart<Kind, R, kTileUnits>(block, t.values + panel * kTileUnits * kPanel * 4, weights, tile_units,
+                                                 ahead.behind(panel * kTileUnits));
             block.fold(sums + begin * panels * kPanel + panel * kPanel, panels * kPanel, keep + begin);
         }
     }

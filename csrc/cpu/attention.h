@@ -54,8 +54,9 @@ FASTLOOP_EVERYWHERE constexpr size_t attention_scratch(size_t rows, size_t width
 
 }  // namespace fastloop
 
+// following: the job that this thread is likely to take next, or NULL; its first keys and values are asked for.
 FASTLOOP_DECLARE_KERNEL(void paged_attention(const ::fastloop::PagedAttention& call, const ::fastloop::AttentionJob& job,
-                                             unsigned char* scratch))
+                                             const ::fastloop::AttentionJob* following, unsigned char* scratch))
 // Merges the parts of one query row, in order of their spans -> out [H, K] of that row. part[span * G + g] says where a part
 // begins, `row` is the query row's number in it.
 FASTLOOP_DECLARE_KERNEL(void merge_attention(const ::fastloop::PagedAttention& call, const size_t* part, size_t spans,

@@ -285,12 +285,24 @@ struct Block<Kind, 0> {
     FASTLOOP_FORCE void scale_to(float*, size_t, const float*) const {}
 };
 
+// Memory that is needed soon, asked for into L2 a piece at each unit of a walk: the requests of a whole tile at once would hold
+// the core up until memory has taken them.
+struct Ahead {
+    const unsigned char* far = nullptr;
+    size_t step = 0;  // bytes for each unit
+    FASTLOOP_FORCE void at(size_t unit) const {
+        for (size_t line = 0; line < step; line += 64) __builtin_prefetch(far + unit * step + line, 0, 2);
+    }
+    Ahead behind(size_t units) const { return {far + units * step, step}; }
+};
+
 // The sums of a block over `units` units of a panel [units][32] and of rows [units][R].
 template <class Kind, size_t R>
-FASTLOOP_FORCE void sum_block(Block<Kind, R>& block, const unsigned char* panel, const int32_t* x, size_t units) {
+FASTLOOP_FORCE void sum_block(Block<Kind, R>& block, const unsigned char* panel, const int32_t* x, size_t units, Ahead ahead) {
     block.zero();
     for (size_t k = 0; k < units; ++k) {
         Channels<Kind, kVectors> channels;
+        ahead.at(k);
         channels.load(panel + k * kPanel * fastloop::kUnitBytes);
         block.add(channels, x + k * R);
     }
@@ -298,10 +310,12 @@ FASTLOOP_FORCE void sum_block(Block<Kind, R>& block, const unsigned char* panel,
 
 // The same of rows [R][Stride].
 template <class Kind, size_t R, size_t Stride>
-FASTLOOP_FORCE void sum_block_apart(Block<Kind, R>& block, const unsigned char* panel, const AnyUnit* x, size_t units) {
+FASTLOOP_FORCE void sum_block_apart(Block<Kind, R>& block, const unsigned char* panel, const AnyUnit* x, size_t units,
+                                    Ahead ahead) {
     block.zero();
     for (size_t k = 0; k < units; ++k) {
         Channels<Kind, kVectors> channels;
+        ahead.at(k);
         channels.load(panel + k * kPanel * fastloop::kUnitBytes);
         block.template add_apart<Stride>(channels, x + k);
     }

@@ -82,7 +82,9 @@ void AttentionPlan::cut_run(const Sequences& s, size_t b, size_t row, size_t row
 }
 
 void AttentionPlan::run(Stage& s, const PagedAttention& call) const {
-    s.crew.each(jobs_.size(), [&](size_t i) { FASTLOOP_KERNEL(s.isa, paged_attention)(call, jobs_[i], s.scratch); });
+    s.crew.each(jobs_.size(), [&](size_t i) {
+        FASTLOOP_KERNEL(s.isa, paged_attention)(call, jobs_[i], i + 1 < jobs_.size() ? &jobs_[i + 1] : nullptr, s.scratch);
+    });
 }
 
 void AttentionPlan::merge(Isa isa, const PagedAttention& call, size_t row) const {

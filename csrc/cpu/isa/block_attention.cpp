@@ -21,7 +21,7 @@ void block_attention(const BlockAttention& call, size_t head, unsigned char* scr
         const auto hide = [&](size_t, float* score, size_t span) {
             for (size_t s = count; s < span; ++s) score[s] = -__builtin_inff();
         };
-        state.tile(state.placed(slots, count), count, hide, [](size_t, size_t) {});
+        state.tile(state.placed(slots, count), count, hide, [](size_t, size_t) { return Next{}; });
     }
     for (size_t t = 0; t < call.positions; ++t) state.result(t, call.out + t * embedding + head * call.width);
 }

@@ -27,16 +27,11 @@ constexpr size_t kFarAhead = 16384, kNearAhead = 4096;  // bytes
 // Units: sums of floats are cut into runs, as rounding errors grow with a run's length; with bfloat16, less than its own.
 constexpr size_t kFloatRun = 64, kBfloat16Run = 256;
 
-// What a walk asks for ahead of time. near: a little further down its own panel, into L1. far: from memory into L2; one
-// block of rows needs it as fast as it walks, and of several blocks each fetches its share of the next panel.
-struct Ahead {
-    const unsigned char* far;  // where the share begins
-    size_t step;               // bytes of it for each unit of the walk
-    FASTLOOP_FORCE void at(const unsigned char* near, size_t unit) const {
-        for (size_t line = 0; line < kPanel * kUnitBytes; line += 64) __builtin_prefetch(near + kNearAhead + line, 0, 3);
-        for (size_t line = 0; line < step; line += 64) __builtin_prefetch(far + unit * step + line, 0, 2);
-    }
-};
+// A little further down a walk's own panel, into L1. From memory into L2 (Ahead), one block of rows needs it as fast as it
+// walks, and of several blocks each fetches its share of the next panel.
+FASTLOOP_FORCE void ask_near(const unsigned char* panel) {
+    for (size_t line = 0; line < kPanel * kUnitBytes; line += 64) __builtin_prefetch(panel + kNearAhead + line, 0, 3);
+}
 
 // Block `block` of `blocks` over a panel of `bytes`, `steps` steps long. Behind the last panel nothing is read, only asked for.
 Ahead ahead_of(const unsigned char* panel, size_t bytes, size_t steps, size_t block, size_t blocks) {
@@ -55,7 +50,8 @@ void walk(const unsigned char* w, const int32_t* x, size_t units, size_t run, co
         for (size_t k = first; k < last; ++k) {
             Channels<Kind, kVectors> channels;
             channels.load(w + k * kPanel * kUnitBytes);
-            ahead.at(w + k * kPanel * kUnitBytes, k);
+            ask_near(w + k * kPanel * kUnitBytes);
+            ahead.at(k);
             block.add(channels, x + k * R);
         }
         if (first == 0) block.put(tile, kPanel);
@@ -83,7 +79,8 @@ void walk_groups(const Weight& w, size_t panel, const int32_t* x, const int32_t*
         block.set(group_sum);
         for (size_t k = 0; k < pairs_of_units; ++k, data += kPanel * kUnitBytes, x += 2 * R) {
             Channels<Bytes, kVectors> channels;
-            ahead.at(data, g * pairs_of_units + k);
+            ask_near(data);
+            ahead.at(g * pairs_of_units + k);
             channels.load_nibbles(data, 0);
             block.add(channels, x);
             channels.load_nibbles(data, 4);

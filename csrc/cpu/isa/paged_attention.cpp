@@ -31,14 +31,16 @@ void gather(const PagedAttention& call, const AttentionJob& job, size_t first, s
     }
 }
 
-// Where a job's tiles come from: source(first, last) is the tile of slots first..last - 1; source.ahead(block, blocks) asks
-// for the next one, whose first slot is `next`, while the blocks of this one are computed.
+// Where a job's tiles come from: source(first, last) is the tile of slots first..last - 1; source.ahead(next, block,
+// blocks) is what the blocks of this one ask for: their shares of the one whose first slot is `next`, or of the first one of
+// the job that follows.
 
 // Pages of rows.
 template <class Kind, class Element>
 struct FromRows {
     const PagedAttention& call;
     const AttentionJob& job;
+    const AttentionJob* following;
     Attend<Kind>& state;
     Slots<Element> next = {};
 
@@ -52,7 +54,7 @@ struct FromRows {
         }
         return state.placed(slots, last - first);
     }
-    void ahead(size_t, size_t, size_t) const {}
+    Next ahead(size_t, size_t, size_t) const { return {}; }
     void fetch() const {
         const size_t bytes = call.pages.slot_bytes();
         for (size_t s = 0; s < kSlotTile; ++s) {
@@ -70,12 +72,13 @@ template <class Kind>
 struct FromTiles {
     const PagedAttention& call;
     const AttentionJob& job;
+    const AttentionJob* following;
     Attend<Kind>& state;
 
     void begin() const {}
-    size_t at(size_t slot) const {
+    size_t at(const AttentionJob& of, size_t slot) const {
         const Pages& p = call.pages;
-        return p.tile_at(static_cast<size_t>(job.table[slot / p.page_tokens]), slot % p.page_tokens, job.group);
+        return p.tile_at(static_cast<size_t>(of.table[slot / p.page_tokens]), slot % p.page_tokens, of.group);
     }
     bool unseen(size_t slot, size_t last) const { return slot >= last || (slot >= job.gap_first && slot < job.gap_last); }
     bool some_unseen(size_t first, size_t last) const {
@@ -83,7 +86,7 @@ struct FromTiles {
     }
 
     Tile operator()(size_t first, size_t last) {
-        const size_t from = at(first);
+        const size_t from = at(job, first);
         Tile t{static_cast<const unsigned char*>(call.pages.keys) + from,
                static_cast<const unsigned char*>(call.pages.values) + from};
         if constexpr (kInUnit<Kind> == 2)
@@ -105,21 +108,20 @@ struct FromTiles {
         }
         return made;
     }
-    // A share of the next tile's keys and values for each block of rows, into L2.
-    void ahead(size_t next, size_t block, size_t blocks) const {
-        if (next >= job.last_slot) return;
-        const size_t bytes = fastloop::tile_bytes(call.pages.format, call.pages.width), from = at(next);
-        const char* const keys = static_cast<const char*>(call.pages.keys) + from;
-        const char* const values = static_cast<const char*>(call.pages.values) + from;
-        for (size_t line = bytes / 64 * block / blocks; line < bytes / 64 * (block + 1) / blocks; ++line) {
-            __builtin_prefetch(keys + 64 * line, 0, 2);
-            __builtin_prefetch(values + 64 * line, 0, 2);
-        }
+    Next ahead(size_t next, size_t block, size_t blocks) const {
+        const bool more = next < job.last_slot;
+        if (!more && following == nullptr) return {};
+        const size_t from = more ? at(job, next) : at(*following, following->first_slot);
+        const size_t units = kSlotTile * call.pages.width / kInUnit<Kind> / kPanel;  // of this tile's keys, and of its values
+        const size_t step = (fastloop::tile_bytes(call.pages.format, call.pages.width) + units * blocks - 1) / (units * blocks);
+        const size_t share = from + block * units * step;
+        return {{static_cast<const unsigned char*>(call.pages.keys) + share, step},
+                {static_cast<const unsigned char*>(call.pages.values) + share, step}};
     }
 };
 
 template <class Kind, template <class...> class Source, class... Element>
-void attend(const PagedAttention& call, const AttentionJob& job, unsigned char* scratch) {
+void attend(const PagedAttention& call, const AttentionJob& job, const AttentionJob* following, unsigned char* scratch) {
     const size_t width = call.pages.width, repeat = call.heads / call.pages.groups;
     Attend<Kind> state(job.rows * repeat, width, scratch);
     const float* const range = call.pages.key_range == nullptr ? nullptr : call.pages.key_range + job.group * width;
@@ -127,7 +129,7 @@ void attend(const PagedAttention& call, const AttentionJob& job, unsigned char* 
         for (size_t h = 0; h < repeat; ++h)
             state.query(r * repeat + h, call.q + ((job.first_row + r) * call.heads + job.group * repeat + h) * width,
                         state.scale(), range);
-    Source<Kind, Element...> source{call, job, state};
+    Source<Kind, Element...> source{call, job, following, state};
     source.begin();
     for (size_t first = job.first_slot; first < job.last_slot; first += kSlotTile) {
         const size_t behind = first + kSlotTile, last = behind < job.last_slot ? behind : job.last_slot;
@@ -143,7 +145,7 @@ void attend(const PagedAttention& call, const AttentionJob& job, unsigned char* 
                 if (slot >= end || (slot >= job.gap_first && slot < job.gap_last)) score[s] = -__builtin_inff();
             }
         };
-        state.tile(t, last - first, hide, [&](size_t block, size_t blocks) { source.ahead(behind, block, blocks); });
+        state.tile(t, last - first, hide, [&](size_t block, size_t blocks) { return source.ahead(behind, block, blocks); });
     }
     for (size_t r = 0; r < job.rows; ++r)
         for (size_t h = 0; h < repeat; ++h) {
@@ -163,13 +165,14 @@ void attend(const PagedAttention& call, const AttentionJob& job, unsigned char* 
 
 namespace FASTLOOP_ISA {
 
-void paged_attention(const PagedAttention& call, const AttentionJob& job, unsigned char* scratch) {
+void paged_attention(const PagedAttention& call, const AttentionJob& job, const AttentionJob* following,
+                     unsigned char* scratch) {
     const bool floats = call.pages.format == FASTLOOP_FLOAT32;
-    if (call.pages.tiled && floats) attend<Float32, FromTiles>(call, job, scratch);
-    else if (call.pages.tiled) attend<Bfloat16, FromTiles>(call, job, scratch);
-    else if (floats) attend<Float32, FromRows, float>(call, job, scratch);
-    else if (call.format == FASTLOOP_FLOAT32) attend<Float32, FromRows, uint16_t>(call, job, scratch);
-    else attend<Bfloat16, FromRows, uint16_t>(call, job, scratch);
+    if (call.pages.tiled && floats) attend<Float32, FromTiles>(call, job, following, scratch);
+    else if (call.pages.tiled) attend<Bfloat16, FromTiles>(call, job, following, scratch);
+    else if (floats) attend<Float32, FromRows, float>(call, job, following, scratch);
+    else if (call.format == FASTLOOP_FLOAT32) attend<Float32, FromRows, uint16_t>(call, job, following, scratch);
+    else attend<Bfloat16, FromRows, uint16_t>(call, job, following, scratch);
 }
 
 void merge_attention(const PagedAttention& call, const size_t* part, size_t spans, size_t row, float* out) {
