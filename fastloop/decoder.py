@@ -81,23 +81,34 @@ class Decoder:
         """ids int64 [N] -> rows [N, D]."""
         return F.embedding(ids, self.embedding)
 
-    def forward(self, x: Tensor, rows: StepRows, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+    def forward(
+        self, x: Tensor, rows: StepRows, k_pages: Tensor, v_pages: Tensor, kv_scale: Tensor | None = None
+    ) -> Tensor:
         """x [N, D], pages [L, P, Q, G, K] (the rows' keys and values are written) -> hidden [N, D],
-        before the final norm.
+        before the final norm. kv_scale float32 [L, 2, G]: of float8 pages (rope_append).
         """
         for i in range(self.config.decoder.layers):
-            x = self._layer(x, f"decoder.layers.{i}.", rows, k_pages[i], v_pages[i])
+            scale = None if kv_scale is None else kv_scale[i]
+            x = self._layer(x, f"decoder.layers.{i}.", rows, k_pages[i], v_pages[i], scale)
         return x
 
-    def _layer(self, x: Tensor, name: str, rows: StepRows, k_pages: Tensor, v_pages: Tensor) -> Tensor:
+    def _layer(
+        self,
+        x: Tensor,
+        name: str,
+        rows: StepRows,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        kv_scale: Tensor | None,
+    ) -> Tensor:
         w, eps = self.weights, self.config.decoder.norm_eps
+        bias = w[name + "qkv.bias"]
         y = ops.rms_norm(x, w[name + "norm1.weight"], eps)
         qkv = self._linear(y, name + "qkv.weight")
-        q = ops.rope_append(
-            qkv, w[name + "qkv.bias"], rows.positions, rows.slots, self.inv_freq, k_pages, v_pages
-        )
+        q = ops.rope_append(qkv, bias, rows.positions, rows.slots, self.inv_freq, k_pages, v_pages, kv_scale)
+        scaled = () if kv_scale is None else (kv_scale, bias, rows.positions, self.inv_freq)
         y = ops.paged_attention(
-            q, k_pages, v_pages, rows.block_table, rows.row_starts, rows.kv_lens, rows.gaps
+            q, k_pages, v_pages, rows.block_table, rows.row_starts, rows.kv_lens, rows.gaps, *scaled
         )
         x = self._linear(y.flatten(1), name + "out.weight", residual=x)
         y = ops.rms_norm(x, w[name + "norm2.weight"], eps)
@@ -108,6 +119,13 @@ class Decoder:
         """x [N, D] times a matrix of a layer, as it is kept."""
         weight = self.quantised[name] if name in self.quantised else self.weights[name]
         return linear_kept(x, weight, None, epilogue, residual)
+
+    def key_bias(self) -> Tensor:
+        """The K part of every layer's qkv bias, float32 [L, G, K]: what float8 pages leave out of keys."""
+        c = self.config.decoder
+        own = slice(c.heads * c.head_width, (c.heads + c.kv_heads) * c.head_width)
+        biases = [self.weights[f"decoder.layers.{i}.qkv.bias"][own].float() for i in range(c.layers)]
+        return torch.stack(biases).view(c.layers, c.kv_heads, c.head_width)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [R, D] -> logits [R, V] over the whole vocabulary (text only)."""

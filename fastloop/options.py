@@ -18,7 +18,7 @@ MODES = ("online", "offline")
 RUNNERS = ("auto", "eager", "native", "captured")
 ADMISSIONS = ("fifo", "deadline")
 PRECISIONS = ("auto", "float32", "bfloat16", "int8", "int4")
-KV_PRECISIONS = ("auto", "float32", "bfloat16", "int8")
+KV_PRECISIONS = ("auto", "float32", "bfloat16", "int8", "fp8")
 
 
 def _range(where: str, name: str, value: Any, low: float, high: float, kind: Any) -> None:
@@ -171,9 +171,10 @@ class EngineConfig:
         CPU, else eager.
     precision: of the weights, native only: "float32", "bfloat16", "int8", "int4"; "auto" keeps the
         checkpoint's.
-    kv_precision: of the KV pages, native only: "float32", "bfloat16", or "int8", half of bfloat16's memory,
-        which takes page_tokens in multiples of 64 and heads in multiples of 32 channels; "auto": float32
-        beside float32 weights, else bfloat16.
+    kv_precision: of the KV pages. Natively "float32", "bfloat16", or "int8", half of bfloat16's memory, which
+        takes page_tokens in multiples of 64 and heads in multiples of 32 channels; "auto": float32 beside
+        float32 weights, else bfloat16. On a GPU (sm_89 and newer) "fp8", half of bfloat16's memory; "auto":
+        the model's dtype.
     threads: of the native runner; None takes torch's number.
     single_stream: whether, while one session alone is open, its responses run as loops of the device (a WHILE
         node in a CUDA graph; fastloop.engine.reply). Captured runner only; ConfigError where that cannot be.
@@ -214,8 +215,10 @@ class EngineConfig:
         for flag in ("single_stream", "ahead"):
             if not isinstance(value := getattr(self, flag), bool):
                 raise ConfigError(f"{where}.{flag}: must be true or false, got {value!r}")
-        for name in ("precision", "kv_precision"):
-            if getattr(self, name) != "auto" and self.runner in ("eager", "captured"):
+        for name, kept in (("precision", ("auto",)), ("kv_precision", ("auto", "fp8"))):
+            if getattr(self, name) not in kept and self.runner in ("eager", "captured"):
                 raise ConfigError(
                     f"{where}.{name}: the {self.runner} runner keeps the checkpoint's; leave it at 'auto'"
                 )
+        if self.kv_precision == "fp8" and self.runner == "native":
+            raise ConfigError(f"{where}.kv_precision: the native runner has no fp8 pages; choose int8")

@@ -91,24 +91,35 @@ def _linear(
 
 H, G, K = MODEL.decoder.heads, MODEL.decoder.kv_heads, MODEL.decoder.head_width
 PAGES, PAGE = 1024, 64
-I32, I64 = torch.int32, torch.int64
+I32, I64, FLOAT8 = torch.int32, torch.int64, torch.float8_e4m3fn
 
 
-def _rope_append(rows: int, dtype: torch.dtype = BF16) -> None:
-    pages = _empty(PAGES, PAGE, G, K, dtype=dtype)
+def _frequencies() -> Tensor:
+    return _empty(K // 2, dtype=torch.float64)
+
+
+def _rope_append(rows: int, dtype: torch.dtype = BF16, scaled: bool = False) -> None:
+    pages = _empty(PAGES, PAGE, G, K, dtype=FLOAT8 if scaled else dtype)
+    scale = _empty(2, G, dtype=F32) if scaled else None
     index = _empty(rows, dtype=I64)
-    inv_freq = _empty(K // 2, dtype=torch.float64)
+    inv_freq = _frequencies()
     qkv, bias = _empty(rows, QKV, dtype=dtype), _empty(QKV, dtype=dtype)
-    rope_append_triton(qkv, bias, index, index, inv_freq, pages, pages)
+    rope_append_triton(qkv, bias, index, index, inv_freq, pages, pages, scale)
 
 
 def _paged_attention(
-    rows: int, sequences: int, dtype: torch.dtype = BF16, page_dtype: torch.dtype | None = None
+    rows: int,
+    sequences: int,
+    dtype: torch.dtype = BF16,
+    page_dtype: torch.dtype | None = None,
+    scaled: bool = False,
 ) -> None:
-    pages = _empty(PAGES, PAGE, G, K, dtype=page_dtype or dtype)
+    pages = _empty(PAGES, PAGE, G, K, dtype=FLOAT8 if scaled else page_dtype or dtype)
+    extras = (_empty(2, G, dtype=F32), _empty(QKV, dtype=dtype), _empty(rows, dtype=I64), _frequencies())
     index, table = _empty(sequences, dtype=I32), _empty(sequences, 64, dtype=I32)
     starts, gaps = _empty(sequences + 1, dtype=I32), _empty(sequences, 2, dtype=I32)
-    paged_attention_triton(_empty(rows, H, K, dtype=dtype), pages, pages, table, starts, index, gaps)
+    q = _empty(rows, H, K, dtype=dtype)
+    paged_attention_triton(q, pages, pages, table, starts, index, gaps, *(extras if scaled else ()))
 
 
 def _conv_stem(blocks: int, dtype: torch.dtype = BF16) -> None:
@@ -194,6 +205,8 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
     "rope_append": {
         "a listening step": lambda: _rope_append(13),
         "many rows": lambda: _rope_append(208),
+        "scaled pages": lambda: _rope_append(13, scaled=True),
+        "many rows, scaled pages": lambda: _rope_append(208, scaled=True),
         "float32": lambda: _rope_append(13, F32),
     },
     "block_attention": {
@@ -206,8 +219,12 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
         "a text token": lambda: _paged_attention(1, 1),
         "64 listeners": lambda: _paged_attention(832, 64),
         "64 speakers": lambda: _paged_attention(64, 64),
-        "fp8 pages": lambda: _paged_attention(13, 1, page_dtype=torch.float8_e4m3fn),
+        "fp8 pages": lambda: _paged_attention(13, 1, page_dtype=FLOAT8),
+        "scaled pages": lambda: _paged_attention(13, 1, scaled=True),
+        "a text token, scaled pages": lambda: _paged_attention(1, 1, scaled=True),
+        "64 listeners, scaled pages": lambda: _paged_attention(832, 64, scaled=True),
         "float32": lambda: _paged_attention(13, 1, F32),
+        "float32, scaled pages": lambda: _paged_attention(13, 1, F32, scaled=True),
     },
     "conv_stem": {
         "a chunk": lambda: _conv_stem(1),

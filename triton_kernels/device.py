@@ -34,9 +34,33 @@ def narrow(x, DTYPE: tl.constexpr):
     """float32 x rounded to nearest, ties to even, in DTYPE."""
     if INTERPRETED and tl.bfloat16 == DTYPE:  # the interpreter cuts the last 16 bits off
         bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
         x = tl.where(x == x, rounded, x)
     return x.to(DTYPE)
+
+
+@triton.jit
+def float8(x):
+    """float32 x in float8_e4m3fn; what is too large becomes the largest, what is not finite NaN."""
+    inside = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    if INTERPRETED:  # the interpreter cuts the last bits off; below 2^-6 steps are of 2^-9
+        bits = inside.to(tl.uint32, bitcast=True)
+        rounded = ((bits + 0x7FFFF + ((bits >> 20) & 1)) & 0xFFF00000).to(tl.float32, bitcast=True)
+        inside = tl.where(tl.abs(x) < 0.015625, (inside + 24576.0) - 24576.0, rounded)
+        made = inside.to(tl.float8e4nv).to(tl.uint8, bitcast=True)  # ...and knows no NaN
+        made = tl.where(tl.abs(x) < float("inf"), made, 0x7F).to(tl.uint8)
+        return made.to(tl.float8e4nv, bitcast=True)
+    else:
+        return tl.where(tl.abs(x) < float("inf"), inside, float("nan")).to(tl.float8e4nv)
+
+
+@triton.jit
+def widen(x):
+    """x in float32."""
+    wide = x.to(tl.float32)
+    if INTERPRETED and x.dtype == tl.float8e4nv:  # the interpreter takes its NaN for 480
+        wide = tl.where((x.to(tl.uint8, bitcast=True) & 0x7F) == 0x7F, float("nan"), wide)
+    return wide
 
 
 @triton.jit

@@ -75,16 +75,16 @@ def accept(op: str, **tensors: Tensor | None) -> None:
 FLOAT8 = (8, 9)  # the first compute capability that converts float8_e4m3fn
 
 
-def accept_float8(op: str, name: str, tensor: Tensor) -> None:
-    """Refuse float8_e4m3fn on a GPU whose compiler cannot convert it."""
-    if tensor.dtype != torch.float8_e4m3fn or tensor.device.type != "cuda":
-        return
-    found = torch.cuda.get_device_capability(tensor.device)
-    if found < FLOAT8:
+def accept_float8(op: str, name: str, tensor: Tensor) -> Tensor:
+    """The tensor; if it is float8_e4m3fn, as bytes for `accept`. Refused on a GPU that cannot convert it."""
+    if tensor.dtype != torch.float8_e4m3fn:
+        return tensor
+    if tensor.device.type == "cuda" and (found := torch.cuda.get_device_capability(tensor.device)) < FLOAT8:
         raise BackendError(
             f"{op}: backend 'triton' takes {name} in float8_e4m3fn from sm_89 on, {tensor.device} is "
             f"sm_{found[0]}{found[1]}; use the backend 'reference', or another precision"
         )
+    return tensor.view(torch.uint8)
 
 
 def rows_apart(tensor: Tensor) -> Tensor:

@@ -25,10 +25,8 @@ def linear_quantised_triton(
 ) -> Tensor:
     """`linear_quantised_ref` on a GPU; sums, scales and epilogue are in float32 and rounded once."""
     group, _ = check_quantised(x, values, scale, bias, epilogue, residual)
-    accept("linear_quantised", x=x, scale=scale, bias=bias, residual=residual)
-    accept_float8("linear_quantised", "values", values)
-    if values.device != x.device:
-        raise ValueError(f"linear_quantised: values are on {values.device}, x on {x.device}; move one")
+    stored = accept_float8("linear_quantised", "values", values)
+    accept("linear_quantised", x=x, values=stored, scale=scale, bias=bias, residual=residual)
     return run_linear(
         x, values, scale, bias, epilogue, residual, "int4" if group else "scaled", max(group, 1)
     )

@@ -13,6 +13,14 @@ sequences are padding. How many units there are, how long, and whose, is compute
 row_starts and kv_lens: the slots of all tiles, divided by the programs, are a unit's length. So one launch
 serves every context, one stream is split over the whole device and a thousand are not, and padding takes no
 program. The parts are combined by a second kernel in a fixed order: no counter is shared between streams.
+
+Scaled pages (float8_e4m3fn, half the bytes) hold keys without their bias b, which is put back as a key is
+widened: R(p) b for the positions p = p0 + j of a step's slots is cos(j f) A + sin(j f) B, with A = R(p0) b
+and B a quarter turn of it. So a step takes 128 angles in float64, and the table of j f stays in
+registers (3 multiply-adds a key element; its bytes take longer). Positions go on behind a gap, so no step
+spans it: one ends where it begins, the next one begins where it ends. The products with the values of a step
+are summed apart and then added in float32: tensor cores that keep few bits of a sum then keep them of 16
+terms, whatever the context. Two sums of 128 x 128 and the table leave registers for steps of 16 slots only.
 """
 
 from __future__ import annotations
@@ -23,8 +31,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.paged_attention import _check as check_paged_attention
-from .device import LOG2_E, begin, dot, narrow
-from .launch import accept, launch, processors
+from ..ops.paged_attention import scaled_of
+from .device import LOG2_E, begin, dot, narrow, widen
+from .launch import accept, accept_float8, launch, processors
+from .rope_append import cos_sin, cos_sin_near
 from .tuning import choose
 
 
@@ -72,13 +82,14 @@ def _before(ends, b, BLOCK_SEQUENCES: tl.constexpr):
 
 @triton.jit
 def _attend(
-    q, k_pages, v_pages, table, out, partial, lse, first_row, rows, group, groups, own_slot, begin_slot,
-    end_slot, scratch, gap_begin, gap_end, scale, R: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr,
-    WIDE: tl.constexpr, SCRATCH_ROWS: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    q, k_pages, v_pages, kv_scale, bias, inv_freq, table, out, partial, lse, first_row, rows, group, groups,
+    own_slot, begin_slot, end_slot, scratch, gap_begin, gap_end, zero, scale, R: tl.constexpr,
+    HEAD: tl.constexpr, PAGE: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr,
+    SCRATCH_ROWS: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr,
 ):  # fmt: skip
     """Rows first_row..first_row + rows - 1, whose first one sits in own_slot, over slots begin..end - 1.
-    scratch: where the part of this range goes; -1 where it is the whole.
+    scratch: where the part of this range goes; -1 where it is the whole. zero: the position of slot 0.
     """
     packed = tl.arange(0, BLOCK_ROWS)
     row, head = packed // R, group * R + packed % R
@@ -93,13 +104,44 @@ def _attend(
     most = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)  # of the scores so far, times log2 e
     total = tl.zeros((BLOCK_ROWS,), tl.float32)
     acc = tl.zeros((BLOCK_ROWS, BLOCK_HEAD), tl.float32)
-    for start in range(begin_slot, end_slot, BLOCK_SLOTS):
-        slot = start + tl.arange(0, BLOCK_SLOTS)
-        written = (slot < end_slot) & ((slot < gap_begin) | (slot >= gap_end))
+    if SCALED:
+        HALF: tl.constexpr = HEAD // 2
+        k_scale, v_scale = tl.load(kv_scale + group), tl.load(kv_scale + groups + group)
+        own_bias = bias + (groups * R + group) * HEAD
+        inner = index < HEAD
+        b = tl.load(own_bias + index, mask=inner, other=0.0).to(tl.float32)
+        across = tl.where(index < HALF, index + HALF, index - HALF)
+        turn = tl.load(own_bias + across, mask=inner, other=0.0).to(tl.float32)
+        turn = tl.where(index < HALF, -turn, turn)  # a quarter turn of b
+        frequency = tl.load(inv_freq + index % HALF, mask=inner, other=0.0).to(tl.float64)
+        cos, sin = cos_sin_near(tl.arange(0, BLOCK_SLOTS)[:, None], frequency[None, :])
+        before = tl.maximum(tl.minimum(gap_begin, end_slot) - begin_slot, 0)
+        near_end = begin_slot + _ceil(before, BLOCK_SLOTS) * BLOCK_SLOTS
+        skipped = tl.maximum(begin_slot, gap_end // BLOCK_SLOTS * BLOCK_SLOTS) - near_end
+        last = tl.maximum(near_end, end_slot - skipped)
+    else:
+        last = end_slot
+    for start in range(begin_slot, last, BLOCK_SLOTS):
+        if SCALED:
+            near = start < near_end  # of the gap
+            first = start + tl.where(near, 0, skipped)
+            slot = first + tl.arange(0, BLOCK_SLOTS)
+            written = (slot < end_slot) & tl.where(near, slot < gap_begin, slot >= gap_end)
+        else:
+            slot = start + tl.arange(0, BLOCK_SLOTS)
+            written = (slot < end_slot) & ((slot < gap_begin) | (slot >= gap_end))
         page = tl.load(table + slot // PAGE, mask=written, other=0).to(tl.int64)
         place = ((page * PAGE + slot % PAGE) * groups + group)[:, None] * HEAD + index[None, :]
         there = written[:, None] & (index < HEAD)[None, :]
-        k = tl.load(k_pages + place, mask=there, other=0.0).to(COMPUTE)
+        if SCALED:
+            position = zero + first - tl.where(near, 0, gap_end - gap_begin)
+            first_cos, first_sin = cos_sin(position.to(tl.float64) * frequency)
+            low, high = first_cos * b + first_sin * turn, first_cos * turn - first_sin * b
+            whole = cos * low[None, :] + sin * high[None, :]
+            stored = widen(tl.load(k_pages + place, mask=there, other=0.0))
+            k = narrow(stored * k_scale + whole, COMPUTE)
+        else:
+            k = tl.load(k_pages + place, mask=there, other=0.0).to(COMPUTE)
         scores = dot(queries, tl.trans(k), tl.zeros((BLOCK_ROWS, BLOCK_SLOTS), tl.float32))
         seen = written[None, :] & (slot[None, :] <= own[:, None])
         scores = tl.where(seen, scores * (scale * LOG2_E), float("-inf"))
@@ -108,9 +150,17 @@ def _attend(
         weights = tl.exp2(scores - finite[:, None])
         shrink = tl.exp2(most - finite)
         total = total * shrink + tl.sum(weights, 1)
-        v = tl.load(v_pages + place, mask=there, other=0.0).to(COMPUTE)
-        acc = dot(narrow(weights, COMPUTE), v, acc * shrink[:, None])
+        v = tl.load(v_pages + place, mask=there, other=0.0)
+        v = widen(v).to(COMPUTE) if SCALED else v.to(COMPUTE)
+        if SCALED:
+            own_sum = dot(narrow(weights, COMPUTE), v, tl.zeros((BLOCK_ROWS, BLOCK_HEAD), tl.float32))
+            acc = acc * shrink[:, None] + own_sum
+        else:
+            acc = dot(narrow(weights, COMPUTE), v, acc * shrink[:, None])
         most = peak
+
+    if SCALED:
+        acc *= v_scale
 
     if scratch < 0:
         tl.store(out + base + at, narrow(acc / total[:, None], out.dtype.element_ty), mask=real)
@@ -124,10 +174,10 @@ def _attend(
 
 @triton.jit(do_not_specialize=["sequences", "table_stride"])
 def _paged_attention(
-    q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps, out, partial, lse, sequences, groups,
-    table_stride, scale, programs, R: tl.constexpr, HEAD: tl.constexpr, PAGE: tl.constexpr,
-    WIDE: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr, SMALL: tl.constexpr,
-    BLOCK_SEQUENCES: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    q, k_pages, v_pages, kv_scale, bias, positions, inv_freq, block_table, row_starts, kv_lens, gaps, out,
+    partial, lse, sequences, groups, table_stride, scale, programs, R: tl.constexpr, HEAD: tl.constexpr,
+    PAGE: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
+    SMALL: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_SLOTS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """TILE: rows in a tile; SMALL: rows in a tile of 16; both times R heads."""
@@ -151,17 +201,22 @@ def _paged_attention(
         end_slot = tl.minimum(own_slot + rows, begin_slot + each * BLOCK_SLOTS)
         gap_begin, gap_end = tl.load(gaps + 2 * b), tl.load(gaps + 2 * b + 1)
         table = block_table + b.to(tl.int64) * table_stride
+        zero = 0
+        if SCALED:
+            first = length - all_rows
+            first = tl.where(first < gap_begin, first, tl.maximum(gap_begin, first - (gap_end - gap_begin)))
+            zero = tl.load(positions + start) - first
         if rows <= SMALL:
             _attend(
-                q, k_pages, v_pages, table, out, partial, lse, start + tile * TILE, rows, group, groups,
-                own_slot, begin_slot, end_slot, scratch, gap_begin, gap_end, scale, R, HEAD, PAGE, WIDE,
-                BLOCK_ROWS, BLOCK_HEAD, 16, BLOCK_SLOTS,
+                q, k_pages, v_pages, kv_scale, bias, inv_freq, table, out, partial, lse, start + tile * TILE,
+                rows, group, groups, own_slot, begin_slot, end_slot, scratch, gap_begin, gap_end, zero, scale,
+                R, HEAD, PAGE, WIDE, SCALED, BLOCK_ROWS, BLOCK_HEAD, 16, BLOCK_SLOTS,
             )  # fmt: skip
         else:
             _attend(
-                q, k_pages, v_pages, table, out, partial, lse, start + tile * TILE, rows, group, groups,
-                own_slot, begin_slot, end_slot, scratch, gap_begin, gap_end, scale, R, HEAD, PAGE, WIDE,
-                BLOCK_ROWS, BLOCK_HEAD, BLOCK_ROWS, BLOCK_SLOTS,
+                q, k_pages, v_pages, kv_scale, bias, inv_freq, table, out, partial, lse, start + tile * TILE,
+                rows, group, groups, own_slot, begin_slot, end_slot, scratch, gap_begin, gap_end, zero, scale,
+                R, HEAD, PAGE, WIDE, SCALED, BLOCK_ROWS, BLOCK_HEAD, BLOCK_ROWS, BLOCK_SLOTS,
             )  # fmt: skip
 
 
@@ -208,14 +263,23 @@ def paged_attention_triton(
     row_starts: Tensor,
     kv_lens: Tensor,
     gaps: Tensor,
+    kv_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    positions: Tensor | None = None,
+    inv_freq: Tensor | None = None,
 ) -> Tensor:
     """`paged_attention_ref` on a GPU: q [N, H, K], pages [P, Q, G, K], block_table int32 [B, M], row_starts
     int32 [B + 1], kv_lens int32 [B], gaps int32 [B, 2] -> [N, H, K] in q's dtype.
 
-    Pages may be float8_e4m3fn (sm_89 and newer); they are widened to q's dtype as they are read.
+    Pages may be float8_e4m3fn (sm_89 and newer), scaled or not; they are widened to q's dtype as they are
+    read.
     """
     check_paged_attention(q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps)
+    scaled = scaled_of(q, k_pages, v_pages, kv_scale, bias, positions, inv_freq)
     accept("paged_attention", q=q, block_table=block_table, row_starts=row_starts, kv_lens=kv_lens, gaps=gaps)
+    accept("paged_attention", q=q, kv_scale=kv_scale, bias=bias, positions=positions)
+    for name, pool in (("k_pages", k_pages), ("v_pages", v_pages)):
+        accept_float8("paged_attention", name, pool)
     if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
         raise ValueError("paged_attention: k_pages and v_pages must be contiguous; the pool is not copied")
     q = q.contiguous()
@@ -225,7 +289,8 @@ def paged_attention_triton(
     out = torch.empty((rows, heads, head), dtype=q.dtype, device=q.device)
     if not rows:
         return out
-    config = dict(choose("paged_attention", q.device, itemsize=q.element_size(), head=head, rows=rows))
+    sizes = {"itemsize": q.element_size(), "head": head, "rows": rows, "scaled": scaled is not None}
+    config = dict(choose("paged_attention", q.device, **sizes))
     repeat = heads // groups
     block_rows = max(config.pop("BLOCK_ROWS"), triton.next_power_of_2(repeat))
     programs = max(1, config.pop("programs_per_processor") * processors(q.device) // groups)
@@ -245,10 +310,12 @@ def paged_attention_triton(
     partial = torch.empty((2 * programs, groups, block_rows, head), dtype=torch.float32, device=q.device)
     lse = torch.empty((2 * programs, groups, block_rows), dtype=torch.float32, device=q.device)
     pages_fit = k_pages.dtype == q.dtype or k_pages.dtype == torch.float8_e4m3fn
+    kv_scale, bias, positions, inv_freq = (None,) * 4 if scaled is None else (t.contiguous() for t in scaled)
     launch(
-        _paged_attention, (programs, groups), q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps,
-        out, partial, lse, sequences, groups, block_table.stride(0), head**-0.5, programs,
-        PAGE=k_pages.shape[1], WIDE=not pages_fit, **shared, **config,
+        _paged_attention, (programs, groups), q, k_pages, v_pages, kv_scale, bias, positions, inv_freq,
+        block_table, row_starts, kv_lens, gaps, out, partial, lse, sequences, groups, block_table.stride(0),
+        head**-0.5, programs, PAGE=k_pages.shape[1], WIDE=not pages_fit, SCALED=scaled is not None, **shared,
+        **config,
     )  # fmt: skip
     launch(
         _combine, (rows, groups), partial, lse, row_starts, kv_lens, out, sequences, groups, programs,

@@ -53,9 +53,7 @@ class DeviceStep:
         """Launch the step on a set of buffers; its results are in `buffers.made` when the device is done."""
         with ops.use_backend(graph_backends()), unread_values():
             given, made, decoder = buffers.given, buffers.made, self.model.decoder
-            hidden = decoder.forward(
-                self._rows(buffers), buffers.rows, self.cache.k_pages, self.cache.v_pages
-            )
+            hidden = decoder.forward(self._rows(buffers), buffers.rows, *self.cache.pages)
             p, decisions = decide(
                 decoder, hidden[given["decide_rows"]], given["decide_slots"], self.decisions
             )
@@ -93,3 +91,5 @@ class DeviceStep:
         decoder = self.model.decoder
         yield from self.model.tensors
         yield from (decoder.head, decoder.control_head, decoder.inv_freq, self.banned, self.decisions.policy)
+        if self.cache.layout.kv_scale is not None:
+            yield self.cache.layout.kv_scale

@@ -51,12 +51,17 @@ class KVCache:
         self.allocator = PageAllocator(pages)
 
     @property
+    def pages(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What the decoder reads and writes: k_pages, v_pages, and the scales of float8 ones."""
+        return self.k_pages, self.v_pages, self.layout.kv_scale
+
+    @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers, keys and values."""
         return 2 * self.k_pages[:, 0].numel() * self.k_pages.element_size()
 
     def copy_pages(self, source: list[int], target: list[int]) -> None:
-        for pool in (self.k_pages, self.v_pages):
+        for pool in (_plain(self.k_pages), _plain(self.v_pages)):
             pool[:, target] = pool[:, source]
 
     def rows(self, pages: list[int]) -> tuple[Tensor, Tensor]:
@@ -64,10 +69,15 @@ class KVCache:
         return self.layout.keys(self.k_pages[:, pages]), self.layout.values(self.v_pages[:, pages])
 
     def put_keys(self, pages: list[int], rows: Tensor) -> None:
-        self.k_pages[:, pages] = self.layout.of_keys(rows)
+        _plain(self.k_pages)[:, pages] = _plain(self.layout.of_keys(rows))
 
     def put_values(self, pages: list[int], rows: Tensor) -> None:
-        self.v_pages[:, pages] = self.layout.of_values(rows)
+        _plain(self.v_pages)[:, pages] = _plain(self.layout.of_values(rows))
+
+
+def _plain(pages: Tensor) -> Tensor:
+    """Pages as torch can write to some of them: float8 as bytes."""
+    return pages.view(torch.uint8) if pages.dtype == torch.float8_e4m3fn else pages
 
 
 @dataclass

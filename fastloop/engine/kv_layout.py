@@ -1,6 +1,6 @@
 """How KV pages lie in memory: as rows, which every backend reads, or as the tiles of the native decoder.
 
-    rows    [L, P, Q, G, K]            slot after slot, float of any dtype
+    rows    [L, P, Q, G, K]            slot after slot, float of any dtype; float8 with a scale
     tiles   [L, P, G, Q / 64, bytes]   64 slots of one KV head as attention multiplies them (csrc/cpu/tiles.h)
 
 Tiles hold float32, bfloat16 or int8. An int8 key is q x scale x range: one scale for each slot and head, a
@@ -8,6 +8,11 @@ power of two for each channel. Qwen2.5's K bias is huge in a few channels, which
 few steps of one scale; the ranges are the sizes that weights and bias make the channels expect. Scales have
 the 8 significant bits of bfloat16, so what is read is exact, and stored again it is the same bytes.
 Source of the ranges: SmoothQuant (Xiao et al. 2022, arXiv 2211.10438), applied to cached keys.
+
+Rows of float8_e4m3fn, for GPUs, leave the K bias out (fastloop.ops.rope_append) and have one scale for each
+layer and KV head, known before the first key is: E4M3 spans 15 powers of two in full precision, so a scale
+that nothing overflows leaves keys 400 times smaller than usual their 3 bits of mantissa. A scale for each
+page would be known only when the page is full: its earlier rows would be stored again in a captured step.
 """
 
 from __future__ import annotations
@@ -17,13 +22,14 @@ import mmap
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from ..config import DecoderConfig
-from ..quantise import Quantised
+from ..ops.rope_append import to_float8
+from ..quantise import FP8_MOST, Quantised
 
 TILE = 64  # slots
 PANEL = 32  # slots of keys, channels of values, that are multiplied at once
@@ -55,9 +61,12 @@ def slot_bytes(config: DecoderConfig, dtype: torch.dtype) -> int:
 
 @dataclass(frozen=True)
 class RowLayout:
-    """Pages of rows."""
+    """Pages of rows; kv_scale float32 [L, 2, G], of keys and values, where they are float8_e4m3fn. Such keys
+    are bare: without their bias.
+    """
 
     dtype: torch.dtype
+    kv_scale: Tensor | None = None
     tiled = False
     key_range: Tensor | None = None
 
@@ -65,17 +74,33 @@ class RowLayout:
         shape = (config.layers, pages, page_tokens, config.kv_heads, config.head_width)
         return torch.zeros(shape, dtype=self.dtype, device=device)
 
-    def keys(self, pages: Tensor) -> Tensor:
-        """Some pages of a pool, [L, n, ...] -> rows [L, n, Q, G, K]."""
-        return pages
+    @property
+    def bare_keys(self) -> bool:
+        return self.kv_scale is not None
 
-    values = keys
+    def keys(self, pages: Tensor) -> Tensor:
+        """Some pages of a pool, [L, n, ...] -> rows [L, n, Q, G, K]; float32 where they are scaled."""
+        return self._rows(pages, 0)
+
+    def values(self, pages: Tensor) -> Tensor:
+        return self._rows(pages, 1)
 
     def of_keys(self, rows: Tensor) -> Tensor:
         """The way back."""
-        return rows.to(self.dtype)
+        return self._pages(rows, 0)
 
-    of_values = of_keys
+    def of_values(self, rows: Tensor) -> Tensor:
+        return self._pages(rows, 1)
+
+    def _rows(self, pages: Tensor, part: int) -> Tensor:
+        if self.kv_scale is None:
+            return pages
+        return pages.float() * self.kv_scale[:, part, None, None, :, None]
+
+    def _pages(self, rows: Tensor, part: int) -> Tensor:
+        if self.kv_scale is None:
+            return rows.to(self.dtype)
+        return to_float8(rows, self.kv_scale[:, part, None, None])
 
 
 @dataclass(frozen=True)
@@ -86,6 +111,8 @@ class TileLayout:
     head_width: int
     key_range: Tensor | None = None
     tiled = True
+    bare_keys = False
+    kv_scale: ClassVar[None] = None
 
     def pool(self, config: DecoderConfig, pages: int, page_tokens: int, device: torch.device | str) -> Tensor:
         tile = TILE * slot_bytes(config, self.dtype) // config.kv_heads // self.dtype.itemsize
@@ -169,15 +196,38 @@ def key_range(config: DecoderConfig, weights: Mapping[str, Any]) -> Tensor:
     own = slice(first, first + count)
     for i in range(config.layers):
         name = f"decoder.layers.{i}."
-        weight = weights[name + "qkv.weight"]
-        if isinstance(weight, Quantised):
-            weight = Quantised(weight.values[own], weight.scale[own], weight.group).dequantised()
-        else:
-            weight = weight[own].float()
-        deviation = (weight * weights[name + "norm1.weight"].float()).norm(dim=1)
-        size = weights[name + "qkv.bias"][own].float().abs() + DEVIATIONS * deviation
+        size = weights[name + "qkv.bias"][own].float().abs() + DEVIATIONS * _deviations(name, own, weights)
         pairs = size.view(config.kv_heads, 2, config.head_width // 2).norm(dim=1)
         top = pairs.amax(1, keepdim=True).clamp(min=1e-30)
         range_ = 2.0 ** (pairs / top).clamp(min=2.0**-20).log2().round()
         ranges.append(range_.repeat(1, 2))
     return torch.stack(ranges)
+
+
+def _deviations(name: str, rows: slice, weights: Mapping[str, Any]) -> Tensor:
+    """What some rows of a layer's qkv make, without bias, of numbers of size 1: its size, float32 [rows]."""
+    weight = weights[name + "qkv.weight"]
+    if isinstance(weight, Quantised):
+        weight = Quantised(weight.values[rows], weight.scale[rows], weight.group).dequantised()
+    else:
+        weight = weight[rows].float()
+    return (weight * weights[name + "norm1.weight"].float()).norm(dim=1)
+
+
+def kv_scale(config: DecoderConfig, weights: Mapping[str, Any]) -> Tensor:
+    """The scales of float8 pages, float32 [L, 2, G], powers of two: no bare key and no value is too large.
+
+    The norm's output has the length sqrt(D), so a row of qkv makes at most that times its own norm (Cauchy
+    and Schwarz); rotation makes at most the length of a pair of it. weights: tensors or Quantised by name.
+    """
+    scales = []
+    first, count = config.heads * config.head_width, config.kv_heads * config.head_width
+    for i in range(config.layers):
+        name = f"decoder.layers.{i}."
+        most = _deviations(name, slice(first, first + 2 * count), weights) * config.width**0.5
+        most[count:] += weights[name + "qkv.bias"][first + count :].float().abs()
+        keys = most[:count].view(config.kv_heads, 2, config.head_width // 2).norm(dim=1).amax(1)
+        values = most[count:].view(config.kv_heads, config.head_width).amax(1)
+        largest = torch.stack((keys, values)).clamp(min=1e-30)
+        scales.append(2.0 ** (largest / FP8_MOST).log2().ceil())
+    return torch.stack(scales)

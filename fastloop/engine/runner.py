@@ -164,7 +164,7 @@ class EagerRunner:
     def prefill(self, ids: Sequence[int], pages: Sequence[int]) -> None:
         batch = self._prefix_batch(ids, pages)
         x = self.model.decoder.embed(self._tensor(batch.ids))
-        self.model.decoder.forward(x, self._rows(batch), self.cache.k_pages, self.cache.v_pages)
+        self.model.decoder.forward(x, self._rows(batch), *self.cache.pages)
 
     def _prefix_batch(self, ids: Sequence[int], pages: Sequence[int]) -> StepBatch:
         """The rows of a prompt as a step that decides and draws nothing."""
@@ -208,7 +208,7 @@ class EagerRunner:
         x = decoder.embed(tensor(batch.ids))
         if len(batch.audio):
             x[tensor(batch.audio_rows)] = torch.cat(list(batch.audio)).to(x.dtype)
-        hidden = decoder.forward(x, self._rows(batch), self.cache.k_pages, self.cache.v_pages)
+        hidden = decoder.forward(x, self._rows(batch), *self.cache.pages)
         p, decisions = self._decide(hidden, batch)
         drawn = len(batch.draw_rows) > 0
         logits = decoder.logits(hidden[tensor(batch.draw_rows)]) if drawn else hidden[:0]

@@ -13,9 +13,11 @@ from ..ops.native import PAGE_FORMATS, native, reason
 from ..options import EngineConfig
 from .captured_runner import CapturedRunner
 from .kv_cache import KVCache
-from .kv_layout import PANEL, TILE, KVLayout, RowLayout, TileLayout, fits_tiles, key_range
+from .kv_layout import PANEL, TILE, KVLayout, RowLayout, TileLayout, fits_tiles, key_range, kv_scale
 from .native_runner import KV_DTYPES, NativeRunner, native_precision
 from .runner import EagerRunner, Runner
+
+FLOAT8_CAPABILITY = (8, 9)  # of the first GPUs that convert float8_e4m3fn
 
 
 def is_native(config: EngineConfig, model: Model) -> bool:
@@ -25,7 +27,9 @@ def is_native(config: EngineConfig, model: Model) -> bool:
     does on a GPU. On a CPU quantised weights are for the native runner unless another one is asked for: op by
     op each of them would be widened in every step.
     """
-    if config.runner in ("eager", "captured"):
+    if config.kv_precision == "fp8":
+        _refuse_float8_pages(config, model)
+    if config.runner in ("eager", "captured") or config.kv_precision == "fp8":
         return False
     chosen = config.precision != "auto" or config.kv_precision != "auto"
     slow = bool(model.quantised) and model.device.type == "cpu" and not forced_backends()
@@ -34,6 +38,20 @@ def is_native(config: EngineConfig, model: Model) -> bool:
     if wanted and why is not None:
         raise ConfigError(f"EngineConfig.runner: the native runner cannot serve this engine: {why}")
     return wanted or (why is None and not forced_backends())
+
+
+def _refuse_float8_pages(config: EngineConfig, model: Model) -> None:
+    """ConfigError where the engine cannot have float8 pages."""
+    where, device = "EngineConfig.kv_precision", model.device
+    alone = config.runner == "auto" and device.type == "cpu" and not forced_backends()
+    if config.precision != "auto" or alone:
+        raise ConfigError(
+            f"{where}: fp8 pages are for GPUs (runner 'eager' or 'captured'); the native runner has int8 ones"
+        )
+    if device.type == "cuda" and (found := torch.cuda.get_device_capability(device)) < FLOAT8_CAPABILITY:
+        raise ConfigError(
+            f"{where}: fp8 pages take sm_89 or newer, {device} is sm_{found[0]}{found[1]}; leave it at 'auto'"
+        )
 
 
 def _not_native(model: Model) -> str | None:
@@ -51,9 +69,11 @@ def _not_native(model: Model) -> str | None:
 
 
 def kv_dtype(config: EngineConfig, model: Model) -> torch.dtype:
-    """The model's dtype; natively what is asked for, or bfloat16 where the weights are less than float32."""
+    """The model's dtype, or float8 if asked for; natively what is asked for, or bfloat16 where the weights
+    are less than float32.
+    """
     if not is_native(config, model):
-        return model.dtype
+        return torch.float8_e4m3fn if config.kv_precision == "fp8" else model.dtype
     if config.kv_precision != "auto":
         return KV_DTYPES[config.kv_precision]
     if native_precision(config.precision, model) != "float32":
@@ -72,6 +92,8 @@ def kv_layout(config: EngineConfig, model: Model) -> KVLayout:
             f"EngineConfig.kv_precision: int8 takes page_tokens in multiples of {TILE}, heads of multiples "
             f"of {PANEL} channels, got {config.page_tokens} and {c.head_width}; choose bfloat16"
         )
+    if dtype == torch.float8_e4m3fn:
+        return RowLayout(dtype, kv_scale(c, {**model.weights, **model.quantised}))
     return RowLayout(dtype)
 
 

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..config import ConfigError, from_mapping
 from ..errors import CapacityError, SnapshotError
 from ..events import from_dict
+from ..ops.rope_append import rotate
 from ..options import DecisionPolicy, Sampling, SessionConfig
 from ..text import TextStream
 
@@ -64,6 +65,7 @@ def dump(session: Session) -> bytes:
     tensors |= {f"mel.{name}": t for name, t in engine._mel.export(slot).items()}
     tensors["decision"] = engine._decisions.state[slot].clone()
     state = {
+        "bare_keys": engine.cache.layout.bare_keys,
         "config": dataclasses.asdict(session.config),
         "stream": {name: _plain(getattr(stream, name)) for name in _STREAM},
         "text": stream.text.export() if stream.text else None,
@@ -81,6 +83,15 @@ _STREAM = (
     *("phase", "pending", "primed", "taken", "heard", "decided", "units", "epoch", "spoken"),
     "clip_complete",
 )
+
+
+def _turned_bias(model: Model, start: int, count: int) -> Tensor:
+    """The K bias at positions start, start + 1, ...: float32 [L, count, G, K], what bare keys lack."""
+    bias = model.decoder.key_bias()
+    positions = torch.arange(start, start + count, device=bias.device)
+    flat = bias.flatten(0, 1).expand(count, -1, -1)
+    turned = rotate(flat, positions, model.decoder.inv_freq)
+    return turned.unflatten(1, bias.shape[:2]).transpose(0, 1)
 
 
 def _plain(value: Any) -> Any:
@@ -138,6 +149,10 @@ def fill(session: Session, state: SnapshotState) -> None:
         if values["text"] is not None:
             stream.text = TextStream.restore(engine.model.tokenizer, values["text"])
         keys, content = tensors["keys"], tensors["values"]
+        bare = engine.cache.layout.bare_keys
+        if values["bare_keys"] != bare:  # taken with pages of another precision
+            bias = _turned_bias(engine.model, stream.kv.prefix_len + values["start"], keys.shape[1])
+            keys = keys.float().to(bias.device) + (-bias if bare else bias)
         stream.kv.load(keys, content, values["start"], engine.model.decoder.inv_freq)
         prefix = "mel."
         engine._mel.load(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..config import HOP_SAMPLES
 from .cuda_images import architecture, image
 from .decide import _check as check_decide
-from .dispatch import BackendError, Limits, Op
+from .dispatch import BackendError, Limits, Op, Refuses
 from .linear import EPILOGUES
 from .linear import _check as check_linear
 from .linear_quantised import check_quantised
@@ -31,6 +31,11 @@ from .sample import _check as check_sample
 BFLOAT16 = (torch.bfloat16,)
 FORMATS = {torch.float8_e4m3fn: 1, torch.uint8: 2}  # fastloop_cuda_weights of quantised ones
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn)  # in fastloop_cuda_dtype's order
+PAGES = {  # paged_attention: q's dtype -> those of the pages
+    torch.float32: (torch.float32, torch.bfloat16),
+    torch.bfloat16: (torch.bfloat16, torch.float8_e4m3fn),
+    torch.float16: (torch.float16,),
+}
 
 
 @dataclass(frozen=True)
@@ -409,6 +414,21 @@ KERNELS: dict[str, tuple[Callable[..., Any], Limits]] = {  # op -> its function,
 }
 
 
+def _refuses_attention(arguments: Mapping[str, Any]) -> str:
+    """What paged_attention's kernels are not compiled for."""
+    q, pages = arguments["q"], arguments["k_pages"].dtype
+    if arguments.get("kv_scale") is not None:
+        return "it reads no scaled pages"
+    if pages not in PAGES[q.dtype]:
+        return f"it takes pages in {' or '.join(map(str, PAGES[q.dtype]))} for q in {q.dtype}, got {pages}"
+    step = 16 if pages.itemsize == 1 else 8
+    fits = q.shape[-1] % step == 0 and q.shape[-1] <= 128
+    return "" if fits else f"it takes heads whose width is a multiple of {step} up to 128, got {q.shape[-1]}"
+
+
+REFUSES: dict[str, Refuses] = {"paged_attention": _refuses_attention}  # op -> what else it does not take
+
+
 def register_cuda(ops: Iterable[Op[..., Any]]) -> None:
     """Give the ops that have one their backend "cuda"; or record why there is none."""
     for op in ops:
@@ -416,4 +436,4 @@ def register_cuda(ops: Iterable[Op[..., Any]]) -> None:
             op.unavailable["cuda"] = reason
         elif op.name in KERNELS:
             function, limits = KERNELS[op.name]
-            op.register("cuda", function, takes=limits)
+            op.register("cuda", function, takes=limits, refuses=REFUSES.get(op.name))

@@ -8,6 +8,10 @@ prefix's last page, and what the window has dropped of the first page behind it.
     [p p p p p p . .] [. . . s s s s s] [s s s s s . . .]
                  gap = [6, 11)                  kv_len = 21
 
+Scaled pages (rope_append) hold keys without their bias. Its part of a score is q R(p) b / sqrt(K) with p the
+slot's position: known here, as slots outside the gap have positions in a row. So the bias is put back exactly
+whatever the pages round.
+
 Source: PagedAttention (Kwon et al. 2023, arXiv 2309.06180), GQA (Ainslie et al. 2023, arXiv 2305.13245).
 """
 
@@ -29,6 +33,9 @@ from .native import (
     require_native,
     team,
 )
+from .rope_append import check_scaled, rotate
+
+Scaled = tuple[Tensor, Tensor, Tensor, Tensor]  # kv_scale, bias, positions, inv_freq
 
 
 def _check(
@@ -58,6 +65,60 @@ def _check(
     check_dtype("paged_attention", torch.int32, block_table=table, row_starts=starts, kv_lens=lens, gaps=gaps)
     if readable(starts):
         _check_sequences(starts.tolist(), lens.tolist(), gaps.tolist(), sizes)
+
+
+def scaled_of(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    kv_scale: Tensor | None,
+    bias: Tensor | None,
+    positions: Tensor | None,
+    inv_freq: Tensor | None,
+) -> Scaled | None:
+    """What scaled pages need, checked; None for plain ones."""
+    op = "paged_attention"
+    given = {"kv_scale": kv_scale, "bias": bias, "positions": positions, "inv_freq": inv_freq}
+    absent = [name for name, tensor in given.items() if tensor is None]
+    if len(absent) == len(given):
+        return None
+    if kv_scale is None or bias is None or positions is None or inv_freq is None:
+        raise ValueError(f"{op}: {', '.join(given)} go together; missing: {', '.join(absent)}")
+    check_scaled(op, kv_scale, k_pages, v_pages)
+    sizes = check_dims(
+        op, q=(q, "N H K"), positions=(positions, "N"), inv_freq=(inv_freq, "K/2"), bias=(bias, "W")
+    )
+    check_floats(op, q=q, bias=bias)
+    check_floats(op, inv_freq=inv_freq)
+    check_dtype(op, torch.int64, positions=positions)
+    wanted = (sizes["H"] + 2 * k_pages.shape[2]) * sizes["K"]
+    if sizes["K"] != 2 * sizes["K/2"] or sizes["W"] != wanted:
+        raise ValueError(
+            f"{op}: bias is {list(bias.shape)}, inv_freq {list(inv_freq.shape)}; q and the pages need "
+            f"[{wanted}] and [{sizes['K'] / 2:g}]"
+        )
+    return kv_scale, bias, positions, inv_freq
+
+
+def _rank(slot: Tensor, begin: Tensor, end: Tensor) -> Tensor:
+    """How many slots that hold something are in front of a slot."""
+    return slot.where(slot < begin, (slot - (end - begin)).maximum(begin))
+
+
+def _widened(
+    k: Tensor, v: Tensor, scaled: Scaled | None, position: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """What pages hold in slots of these positions, k and v [..., G, K], in a dtype; scales are undone."""
+    k, v = k.to(dtype), v.to(dtype)
+    if scaled is None:
+        return k, v
+    kv_scale, bias, _, inv_freq = scaled
+    groups, width = k.shape[-2:]
+    own = bias[-2 * groups * width : -groups * width].view(groups, width).to(dtype)
+    flat = position.reshape(-1)
+    turned = rotate(own.expand(len(flat), groups, width), flat, inv_freq).view(k.shape)
+    scale = kv_scale.to(dtype)[..., None]
+    return k * scale[0] + turned, v * scale[1]
 
 
 def _check_sequences(
@@ -99,6 +160,10 @@ def paged_attention_ref(
     row_starts: Tensor,
     kv_lens: Tensor,
     gaps: Tensor,
+    kv_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    positions: Tensor | None = None,
+    inv_freq: Tensor | None = None,
 ) -> Tensor:
     """q [N, H, K], pages [P, Q, G, K], block_table int32 [B, M], row_starts int32 [B + 1],
     kv_lens int32 [B], gaps int32 [B, 2] as [start, end) -> [N, H, K] in q's dtype.
@@ -108,8 +173,12 @@ def paged_attention_ref(
 
     Slots that no row of a sequence sees, and entries of the block table behind its last page, may hold
     anything. What is not finite in a slot spoils rows of its own sequence only.
+
+    Scaled pages float8_e4m3fn: kv_scale float32 [2, G], bias [(H + 2G) K] of qkv in q's dtype, positions
+    int64 [N], which rise by one from row to row of a sequence, inv_freq [K/2], all four or none.
     """
     _check(q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps)
+    scaled = scaled_of(q, k_pages, v_pages, kv_scale, bias, positions, inv_freq)
     out = q.new_empty(q.shape)
     page, repeat = k_pages.shape[1], q.shape[1] // k_pages.shape[2]
     table = _pages(block_table, kv_lens, page, k_pages.shape[0])
@@ -117,9 +186,13 @@ def paged_attention_ref(
     for b in range(block_table.shape[0]):
         first, last, length = int(row_starts[b]), int(row_starts[b + 1]), int(kv_lens[b])
         pages = table[b, : -(-length // page)]
-        k = k_pages[pages].flatten(0, 1)[:length].to(wide).repeat_interleave(repeat, dim=1)  # [length, H, K]
-        v = v_pages[pages].flatten(0, 1)[:length].to(wide).repeat_interleave(repeat, dim=1)
         slot = torch.arange(length, device=q.device)
+        rank = _rank(slot, *gaps[b])
+        position = rank if scaled is None or last == first else rank + scaled[2][last - 1] - rank[-1]
+        k, v = (pool[pages].flatten(0, 1)[:length] for pool in (k_pages, v_pages))
+        k, v = (
+            x.repeat_interleave(repeat, dim=1) for x in _widened(k, v, scaled, position, wide)
+        )  # [., H, K]
         own = slot[length - (last - first) :, None]
         seen = (slot <= own) & ~((slot >= gaps[b, 0]) & (slot < gaps[b, 1]))  # [rows, length]
         scores = torch.einsum("nhk,shk->hns", q[first:last].to(wide), k) * q.shape[-1] ** -0.5
@@ -137,9 +210,14 @@ def paged_attention_torch(
     row_starts: Tensor,
     kv_lens: Tensor,
     gaps: Tensor,
+    kv_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    positions: Tensor | None = None,
+    inv_freq: Tensor | None = None,
 ) -> Tensor:
     """The same with one padded batch and one call of torch's scaled_dot_product_attention."""
     _check(q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps)
+    scaled = scaled_of(q, k_pages, v_pages, kv_scale, bias, positions, inv_freq)
     if not q.shape[0]:
         return q.new_empty(q.shape)
     page = k_pages.shape[1]
@@ -148,9 +226,14 @@ def paged_attention_torch(
     slot = torch.arange(pages.shape[1] * page, device=q.device)
     written = (slot < kv_lens[:, None]) & ~((slot >= gaps[:, :1]) & (slot < gaps[:, 1:]))  # [B, slots]
     empty = ~written[:, :, None, None]
-    k = k_pages[pages].flatten(1, 2).masked_fill(empty, 0)  # [B, slots, G, K]
-    v = v_pages[pages].flatten(1, 2).masked_fill(empty, 0)
     counts = row_starts.diff()
+    k, v = (pool[pages].flatten(1, 2) for pool in (k_pages, v_pages))  # [B, slots, G, K]
+    if scaled is not None:
+        begin, end = gaps[:, :1], gaps[:, 1:]
+        first = scaled[2][row_starts[:-1].clamp(max=len(q) - 1)][:, None]
+        position = first - _rank((kv_lens - counts)[:, None], begin, end) + _rank(slot, begin, end)
+        k, v = _widened(k, v, scaled, position, torch.float32)
+    k, v = k.masked_fill(empty, 0), v.masked_fill(empty, 0)
     most = int(counts.max())
     offset = torch.arange(most, device=q.device)
     row = row_starts[:-1, None] + offset
@@ -176,9 +259,14 @@ def paged_attention_graph(
     row_starts: Tensor,
     kv_lens: Tensor,
     gaps: Tensor,
+    kv_scale: Tensor | None = None,
+    bias: Tensor | None = None,
+    positions: Tensor | None = None,
+    inv_freq: Tensor | None = None,
 ) -> Tensor:
     """The same without a shape that depends on lengths: each row reads all columns of the block table."""
     _check(q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps)
+    scaled = scaled_of(q, k_pages, v_pages, kv_scale, bias, positions, inv_freq)
     rows, page = q.shape[0], k_pages.shape[1]
     if not rows:
         return q.new_empty(q.shape)
@@ -191,7 +279,11 @@ def paged_attention_graph(
     seen = (slot <= own[:, None]) & ~((slot >= begin[:, None]) & (slot < end[:, None]))  # [N, slots]
     hidden = ~seen[:, :, None, None]
     # float64, for the products of one row are long sums that torch adds up in one chain.
-    k, v = (pool[pages].flatten(1, 2).masked_fill(hidden, 0).double() for pool in (k_pages, v_pages))
+    k, v = (pool[pages].flatten(1, 2).double() for pool in (k_pages, v_pages))
+    if scaled is not None:
+        ranks = _rank(slot, begin[:, None], end[:, None]) - _rank(own, begin, end)[:, None]
+        k, v = _widened(k, v, scaled, scaled[2][:, None] + ranks, torch.float64)
+    k, v = k.masked_fill(hidden, 0), v.masked_fill(hidden, 0)
     grouped = q.unflatten(1, (k.shape[2], -1)).double()  # [N, G, H / G, K]
     scores = grouped @ k.permute(0, 2, 3, 1) * q.shape[-1] ** -0.5  # [N, G, H / G, slots]
     weights = scores.masked_fill(~seen[:, None, None], float("-inf")).softmax(-1)

@@ -3,6 +3,9 @@
 Source: RoFormer (Su et al. 2021, arXiv 2104.09864), rotate-half form as in Qwen2.5, plain 1-D positions.
 Angles are formed in float64: positions of an hour-long stream times a frequency of 1 lose 0.01 rad in
 float32.
+
+Scaled pages are float8_e4m3fn times a scale for each KV head, and lack the K bias, which paged_attention puts
+back: a bias of 300 in a channel, as Qwen2.5 has, would leave that channel's key an error of 10.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..quantise import FP8_MOST
 from .contract import check_dims, check_dtype, check_floats, check_range
 from .dispatch import define
 from .native import (
@@ -33,6 +37,23 @@ def rotate(x: Tensor, positions: Tensor, inv_freq: Tensor) -> Tensor:
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1).to(x.dtype)
 
 
+def to_float8(x: Tensor, scale: Tensor) -> Tensor:
+    """x [..., G, K] over scale [..., G] in float8_e4m3fn. What is too large becomes the largest, what is not
+    finite NaN.
+    """
+    wide = x.float() / scale.float()[..., None]
+    return wide.clamp(-FP8_MOST, FP8_MOST).masked_fill(~wide.isfinite(), torch.nan).to(torch.float8_e4m3fn)
+
+
+def check_scaled(op: str, kv_scale: Tensor, k_pages: Tensor, v_pages: Tensor) -> None:
+    """Scaled pages: float8_e4m3fn (float64 as the truth about them), with kv_scale float32 [2, G]."""
+    check_dims(op, k_pages=(k_pages, "P Q G K"), kv_scale=(kv_scale, "2 G"))
+    exact = k_pages.dtype == v_pages.dtype == torch.float64
+    check_dtype(op, torch.float64 if exact else torch.float32, kv_scale=kv_scale)
+    if not exact:
+        check_dtype(op, torch.float8_e4m3fn, k_pages=k_pages, v_pages=v_pages)
+
+
 def _check(
     qkv: Tensor,
     bias: Tensor | None,
@@ -41,6 +62,7 @@ def _check(
     inv_freq: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    kv_scale: Tensor | None = None,
 ) -> dict[str, int]:
     """Check the contract; returns the sizes of its dimensions."""
     sizes = check_dims(
@@ -74,6 +96,8 @@ def _check(
                 f"rope_append: {name} is changed in place and must be contiguous, "
                 f"its strides are {pages.stride()}"
             )
+    if kv_scale is not None:
+        check_scaled("rope_append", kv_scale, k_pages, v_pages)
     check_range("rope_append", "slots", slots, -1, sizes["P"] * sizes["Q"])
     return sizes
 
@@ -86,23 +110,58 @@ def rope_append_ref(
     inv_freq: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    kv_scale: Tensor | None = None,
 ) -> Tensor:
     """qkv [N, (H + 2G) K], bias [(H + 2G) K], positions int64 [N], slots int64 [N], inv_freq [K/2],
     pages [P, Q, G, K] (changed in place, of any floating dtype) -> q [N, H, K], rotated, in qkv's dtype.
 
     Slot s is token s % Q of page s // Q; slots are distinct. Slot -1 stores nothing (a padded row).
+
+    kv_scale float32 [2, G], of keys and of values: the pages are float8_e4m3fn then, and hold R(position) k
+    without its bias, and v with it, over these (`to_float8`).
     """
-    sizes = _check(qkv, bias, positions, slots, inv_freq, k_pages, v_pages)
-    groups, width = sizes["G"], sizes["K"]
-    if bias is not None:
-        qkv = qkv + bias
-    x = qkv.reshape(qkv.shape[0], sizes["W"] // width, width)
-    heads = x.shape[1] - 2 * groups
+    sizes = _check(qkv, bias, positions, slots, inv_freq, k_pages, v_pages, kv_scale)
+    q, k, v = _parts(qkv, bias, positions, inv_freq, sizes, kv_scale)
     kept = slots >= 0
-    k = rotate(x[:, heads : heads + groups], positions, inv_freq)
-    k_pages.view(-1, groups, width)[slots[kept]] = k[kept].to(k_pages.dtype)
-    v_pages.view(-1, groups, width)[slots[kept]] = x[kept, heads + groups :].to(v_pages.dtype)
-    return rotate(x[:, :heads], positions, inv_freq)
+    for pool, new in _stored(k, v, k_pages, v_pages, kv_scale):
+        pool[slots[kept]] = new[kept]
+    return q
+
+
+def _parts(
+    qkv: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    inv_freq: Tensor,
+    sizes: dict[str, int],
+    kv_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q [N, H, K] and k [N, G, K], rotated, and v [N, G, K]; k without its bias for scaled pages."""
+    groups, width = sizes["G"], sizes["K"]
+    x = (qkv if bias is None else qkv + bias).reshape(qkv.shape[0], sizes["W"] // width, width)
+    heads = x.shape[1] - 2 * groups
+    own = slice(heads, heads + groups)
+    keys = x[:, own] if kv_scale is None else qkv.reshape(x.shape)[:, own]
+    return (
+        rotate(x[:, :heads], positions, inv_freq),
+        rotate(keys, positions, inv_freq),
+        x[:, heads + groups :],
+    )
+
+
+def _stored(
+    k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, kv_scale: Tensor | None
+) -> list[tuple[Tensor, Tensor]]:
+    """(slots of a pool [P Q, G, K], what new rows [N, G, K] are there), of keys and of values."""
+    found = []
+    for number, (pool, new) in enumerate(((k_pages, k), (v_pages, v))):
+        flat = pool.view(-1, *pool.shape[2:])
+        if kv_scale is not None and pool.dtype == torch.float64:
+            new = new / kv_scale[number][:, None]
+        elif kv_scale is not None:  # as bytes: torch writes to places of few dtypes
+            flat, new = flat.view(torch.uint8), to_float8(new, kv_scale[number]).view(torch.uint8)
+        found.append((flat, new.to(flat.dtype)))
+    return found
 
 
 def rope_append_graph(
@@ -113,27 +172,23 @@ def rope_append_graph(
     inv_freq: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    kv_scale: Tensor | None = None,
 ) -> Tensor:
     """The same without a shape that depends on slots: a padded row repeats what the first real one stores."""
-    sizes = _check(qkv, bias, positions, slots, inv_freq, k_pages, v_pages)
-    groups, width, rows = sizes["G"], sizes["K"], qkv.shape[0]
+    sizes = _check(qkv, bias, positions, slots, inv_freq, k_pages, v_pages, kv_scale)
+    rows = qkv.shape[0]
     if not rows:
-        return qkv.new_empty(0, sizes["W"] // width - 2 * groups, width)
-    if bias is not None:
-        qkv = qkv + bias
-    x = qkv.reshape(rows, -1, width)
-    heads = x.shape[1] - 2 * groups
+        return qkv.new_empty(0, sizes["W"] // sizes["K"] - 2 * sizes["G"], sizes["K"])
+    q, k, v = _parts(qkv, bias, positions, inv_freq, sizes, kv_scale)
     real = slots >= 0
     source = torch.where(
         real, torch.arange(rows, device=qkv.device), real.int().argmax()
     )  # the first real row
     target = slots[source].clamp(min=0)
     some = real.any()  # without one, slot 0 keeps what it holds
-    k = rotate(x[:, heads : heads + groups], positions, inv_freq)
-    for pool, new in ((k_pages, k), (v_pages, x[:, heads + groups :])):
-        flat = pool.view(-1, groups, width)
-        flat[target] = torch.where(some, new[source].to(pool.dtype), flat[target])
-    return rotate(x[:, :heads], positions, inv_freq)
+    for pool, new in _stored(k, v, k_pages, v_pages, kv_scale):
+        pool[target] = torch.where(some, new[source], pool[target])
+    return q
 
 
 def _fake(
@@ -144,6 +199,7 @@ def _fake(
     inv_freq: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    kv_scale: Tensor | None = None,
 ) -> Tensor:
     groups, width = k_pages.shape[2:]
     return qkv.new_empty(qkv.shape[0], qkv.shape[1] // width - 2 * groups, width)
@@ -161,10 +217,13 @@ def rope_append_cpu(
     inv_freq: Tensor,
     k_pages: Tensor,
     v_pages: Tensor,
+    kv_scale: Tensor | None = None,
     isa: str | None = None,
 ) -> Tensor:
-    """`rope_append_ref` in C++ (csrc/cpu/rope_append.cpp): rows float32, pages float32 or bfloat16."""
-    sizes = _check(qkv, bias, positions, slots, inv_freq, k_pages, v_pages)
+    """`rope_append_ref` in C++ (csrc/cpu/rope_append.cpp): rows float32, pages float32 or bfloat16, which are
+    not scaled.
+    """
+    sizes = _check(qkv, bias, positions, slots, inv_freq, k_pages, v_pages, kv_scale)
     check_native("rope_append", qkv=qkv, bias=bias, positions=positions, slots=slots)
     check_pages("rope_append", k_pages, v_pages)
     pages, page, groups, width = k_pages.shape

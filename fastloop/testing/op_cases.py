@@ -20,6 +20,7 @@ from ..ops.mel import POWER_FLOOR, RANGE_LOG10, TAIL_SAMPLES, mel_filters
 from ..quantise import dequantise_int4, dequantise_int8, quantise_fp8, quantise_int4, quantise_int8
 
 Arguments = dict[str, Any]
+FLOAT8 = torch.float8_e4m3fn  # of scaled KV pages
 POISON_INDEX = 2**31 - 1  # in int32 entries that nobody may read
 
 
@@ -207,8 +208,11 @@ def rope_append_case(
     most: int = 1 << 22,
     dtype: torch.dtype = torch.float32,
     page_dtype: torch.dtype | None = None,
+    scaled: bool = False,
 ) -> Case:
-    """Positions below `most` (2^22: 35 hours of sound); `padded` rows store nothing. Pages begin as NaN."""
+    """Positions below `most` (2^22: 35 hours of sound); `padded` rows store nothing. Pages begin as NaN.
+    scaled: float8 pages.
+    """
     width = (heads + 2 * kv_heads) * head_width
     pages = -(-rows // page) + 2
     slots = torch.randperm(pages * page, generator=g)[:rows]
@@ -220,10 +224,17 @@ def rope_append_case(
         "positions": torch.randint(most, (rows,), generator=g),
         "slots": slots,
         "inv_freq": 1e6 ** (-torch.arange(head_width // 2, dtype=torch.float64) / (head_width // 2)),
-        "k_pages": torch.full(shape, torch.nan, dtype=page_dtype or dtype),
-        "v_pages": torch.full(shape, torch.nan, dtype=page_dtype or dtype),
+        "k_pages": torch.full(shape, torch.nan, dtype=FLOAT8 if scaled else page_dtype or dtype),
+        "v_pages": torch.full(shape, torch.nan, dtype=FLOAT8 if scaled else page_dtype or dtype),
     }
+    if scaled:
+        arguments["kv_scale"] = _scales(g, kv_heads)
     return Case(arguments, mutates=("k_pages", "v_pages"))
+
+
+def _scales(g: Generator, kv_heads: int) -> Tensor:
+    """float32 [2, G], no powers of two: of keys and values of size 1."""
+    return 0.02 * (1 + torch.rand(2, kv_heads, generator=g))
 
 
 def block_attention_case(
@@ -251,8 +262,14 @@ def paged_attention_case(
     page: int = 8,
     dtype: torch.dtype = torch.float32,
     page_dtype: torch.dtype | None = None,
+    scaled: bool = False,
+    most: int = 1 << 22,
 ) -> Case:
-    """`rows` new rows of sequences that have `lens` slots, theirs included, of which `gaps` are empty."""
+    """`rows` new rows of sequences that have `lens` slots, theirs included, of which `gaps` are empty.
+    scaled: float8 pages whose keys lack a bias, sequences at positions of up to `most`.
+    """
+    page_dtype = FLOAT8 if scaled else page_dtype
+    scale = _scales(g, kv_heads) if scaled else torch.ones(2, kv_heads)
     counts = [-(-length // page) for length in lens]
     width, pages = max(counts) + 2, sum(counts) + 2
     free = torch.randperm(pages, generator=g).tolist()
@@ -264,11 +281,13 @@ def paged_attention_case(
         table[b, :count] = _ints(owned, torch.int32)
         slot = torch.arange(count * page)
         unseen = (slot >= length) | ((slot >= begin) & (slot < end))
-        for pool in (k_pages, v_pages):
+        for pool, size in zip((k_pages, v_pages), scale, strict=True):
             written = _normal(g, count * page, kv_heads, head_width).index_fill(
                 0, unseen.nonzero()[:, 0], torch.nan
             )
-            pool[owned] = written.view(count, page, kv_heads, head_width).to(pool.dtype)
+            written = (written / size[:, None]).view(count, page, kv_heads, head_width)
+            flat = pool.view(torch.uint8) if scaled else pool  # torch writes to places of few dtypes
+            flat[owned] = written.to(pool.dtype).view(flat.dtype)
     arguments = {
         "q": _normal(g, sum(rows), heads, head_width, dtype=dtype),
         "k_pages": k_pages,
@@ -278,7 +297,26 @@ def paged_attention_case(
         "kv_lens": _ints(lens, torch.int32),
         "gaps": _ints(gaps, torch.int32),
     }
+    if scaled:
+        arguments |= _restoring(g, rows, arguments["q"], scale, most)
     return Case(arguments)
+
+
+def _restoring(g: Generator, rows: Sequence[int], q: Tensor, scale: Tensor, most: int) -> Arguments:
+    """What paged_attention needs beside scaled pages. Some channels have a large bias, in 16 bits a smaller
+    one, for there a key is rounded with its bias, as it is in pages of 16 bits.
+    """
+    heads, width = q.shape[1:]
+    bias, large = _normal(g, (heads + 2 * scale.shape[1]) * width), 30.0 if q.dtype == torch.float32 else 3.0
+    bias *= torch.where(torch.rand(len(bias), generator=g) < 0.1, large, 1.0)
+    firsts = torch.randint(most, (len(rows),), generator=g)
+    positions = [first + torch.arange(count) for first, count in zip(firsts, rows, strict=True)]
+    return {
+        "kv_scale": scale,
+        "bias": bias.to(q.dtype),
+        "positions": torch.cat(positions),
+        "inv_freq": 1e6 ** (-torch.arange(width // 2, dtype=torch.float64) / (width // 2)),
+    }
 
 
 def decide_case(

@@ -141,7 +141,8 @@ def judge(
     if not torch.equal(out.isnan(), unknown):
         return Finding(None, None, f"{name} is off by inf: NaN in the wrong place")
     dtype = plain.dtype
-    out, plain, truth = (measure(t.masked_fill(unknown, 0)) for t in (out, plain, truth))
+    wide = (t.float() if t.element_size() == 1 else t for t in (out, plain, truth))  # float8 cannot be masked
+    out, plain, truth = (measure(t.masked_fill(unknown, 0)) for t in wide)
     error, bound = relative_error(out, truth), error_bound(plain, truth, dtype)
     if error <= bound:
         return Finding(error, bound)

@@ -16,9 +16,14 @@ from hypothesis import assume, given
 from scipy.special import softmax
 from torch import Generator, Tensor
 
+from fastloop.ops import REGISTRY
+from fastloop.ops.paged_attention import paged_attention_ref
+from fastloop.ops.rope_append import rope_append_ref, rotate
 from fastloop.testing.assertions import assert_defined, assert_near, assert_right, bits, seeded
 from fastloop.testing.implementations import Implementation, copied
-from fastloop.testing.op_cases import Arguments, Case, paged_attention_case
+from fastloop.testing.op_cases import FLOAT8, Arguments, Case, paged_attention_case
+from fastloop.testing.selfcheck import widened
+from fastloop.testing.tolerance import relative_error
 
 seeds = st.integers(0, 2**32 - 1)
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -269,3 +274,111 @@ def test_what_is_not_finite_stays_in_its_sequence(
     last = 0 if place == "q" else batch.rows[0] - 1
     if poison != poison or place != "k_pages":  # a key of +-Inf may score -Inf, which is weight 0
         assert not out[last].isfinite().any()
+
+
+def even(dims: dict[str, int]) -> dict[str, int]:
+    """Heads that can be rotated."""
+    return dims | {"head_width": dims["head_width"] + dims["head_width"] % 2}
+
+
+@every_dtype
+@given(seed=seeds, batch=batches(), repeat=repeats, dims=dims.map(even))
+def test_scaled_pages(
+    implementation: Implementation,
+    dtype: torch.dtype,
+    seed: int,
+    batch: Batch,
+    repeat: int,
+    dims: dict[str, int],
+) -> None:
+    """Float8 pages without the K bias, at positions of up to 35 hours; poison as in plain ones."""
+    draw = batch.draw(heads=repeat * dims["kv_heads"], dtype=dtype, scaled=True, **dims)
+    if why := implementation.refusal(draw(seeded(seed)).arguments):
+        pytest.skip(why)
+    assert_right(implementation, draw(seeded(seed)), draw)
+
+
+def restored(a: Arguments) -> Arguments:
+    """The same call on plain float64 pages: slot by slot the scale is undone and the turned bias added. The
+    position of a slot is counted down from the sequence's first row, slot by slot that is not in the gap.
+    """
+    wide = widened(a)
+    scale, bias = wide.pop("kv_scale"), wide.pop("bias")
+    positions, inv_freq = wide.pop("positions"), wide.pop("inv_freq")
+    groups, width = a["k_pages"].shape[2:]
+    own = bias[-2 * groups * width : -groups * width].view(1, groups, width)
+    k, v = (wide[name] * scale[i][:, None] for i, name in enumerate(("k_pages", "v_pages")))
+    page = k.shape[1]
+    for b, length in enumerate(a["kv_lens"].tolist()):
+        first, last = a["row_starts"][b : b + 2].tolist()
+        if first == last:
+            continue
+        begin, end = a["gaps"][b].tolist()
+        position = int(positions[last - 1])
+        for slot in reversed(range(length)):
+            if begin <= slot < end:
+                continue
+            where = int(a["block_table"][b, slot // page]), slot % page
+            k[where] += rotate(own, torch.tensor([position]), inv_freq)[0]
+            position -= 1
+    return wide | {"k_pages": k, "v_pages": v}
+
+
+@given(seed=seeds, batch=batches(most=3), page=st.sampled_from([1, 3, 8, 64]))
+def test_the_definition_of_scaled_pages(seed: int, batch: Batch, page: int) -> None:
+    case = batch.case(seed, heads=4, kv_heads=2, head_width=6, page=page, scaled=True)
+    ours = paged_attention_ref(**widened(case.arguments))
+    theirs = paged_attention_ref(**restored(case.arguments))
+    assert relative_error(ours, theirs) <= 1e-9  # positions of 2^22 times 2^-52
+
+
+def written_then_read(bias: Tensor, seed: int, kind: str) -> Tensor:
+    """Attention of the last of 60 rows [1, 4, 32] over what rope_append stored of all: "exact" float64 pages,
+    "plain" float8 ones with the bias in them, "scaled" ones without.
+    """
+    g = seeded(seed)
+    qkv, slots = torch.randn(60, 8 * 32, generator=g), torch.arange(60)
+    inv_freq = 1e6 ** (-torch.arange(16, dtype=torch.float64) / 16)
+    dtype = torch.float64 if kind == "exact" else torch.float32
+    k, v = (torch.zeros(1, 64, 2, 32, dtype=dtype if kind == "exact" else FLOAT8) for _ in range(2))
+    scale = torch.full((2, 2), 2.0**-5) if kind == "scaled" else None
+    q = rope_append_ref(qkv.to(dtype), bias.to(dtype), slots + 1000, slots, inv_freq, k, v, scale)[-1:]
+    last = [torch.tensor(x, dtype=torch.int32) for x in ([[0]], [0, 1], [60], [[0, 0]])]
+    extras = () if scale is None else (scale, bias, slots[-1:] + 1000, inv_freq)
+    return paged_attention_ref(q, k, v, *last, *extras)
+
+
+@given(seed=seeds)
+def test_a_huge_bias_of_keys_costs_scaled_pages_nothing(seed: int) -> None:
+    """As Qwen2.5 has it: 100 in a pair of channels. In the pages it would drown what the keys say."""
+    none = torch.zeros(8 * 32)
+    huge = none.clone()
+    huge[4 * 32 : 6 * 32].view(2, 2, 16)[:, :, 13] = 100.0
+    errors = {
+        kind: relative_error(written_then_read(bias, seed, kind), written_then_read(bias, seed, "exact"))
+        for kind, bias in (("scaled", huge), ("plain", huge))
+    }
+    base = relative_error(written_then_read(none, seed, "scaled"), written_then_read(none, seed, "exact"))
+    assert errors["scaled"] <= 3 * base and errors["plain"] > 2 * errors["scaled"]
+
+
+def test_what_scaled_pages_need_goes_together() -> None:
+    a = Batch([2], [5], [(0, 0)]).case(1, scaled=True).arguments
+    for name in ("kv_scale", "bias", "positions", "inv_freq"):
+        with pytest.raises(ValueError, match=f"go together; missing: {name}"):
+            paged_attention_ref(**a | {name: None})
+    with pytest.raises(TypeError, match=r"k_pages must be torch.float8_e4m3fn, got torch.float32"):
+        paged_attention_ref(**a | {"k_pages": a["k_pages"].float(), "v_pages": a["v_pages"].float()})
+    with pytest.raises(ValueError, match=r"bias is \[64\], .* need \[128\] and \[8\]"):
+        paged_attention_ref(**a | {"bias": a["bias"][:64]})
+    with pytest.raises(ValueError, match=r"dimension N of positions is 3"):
+        paged_attention_ref(**a | {"positions": torch.zeros(3, dtype=torch.int64)})
+
+
+def test_who_has_no_scaled_pages_says_so() -> None:
+    """By name, before anything runs: none takes the call and leaves the scales out."""
+    a = Batch([2], [5], [(0, 0)]).case(1, scaled=True, dtype=torch.bfloat16).arguments
+    takes = {"reference", "torch", "graph", "triton"}
+    for backend in REGISTRY["paged_attention"].implementations:
+        refusal = REGISTRY["paged_attention"].refusal(backend, (), a)
+        assert bool(refusal) == (backend not in takes), (backend, refusal)

@@ -10,6 +10,8 @@ from hypothesis import given
 from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
+from fastloop.ops.rope_append import rope_append_ref, rotate, to_float8
+from fastloop.quantise import FP8_MOST
 from fastloop.testing.assertions import assert_defined, assert_near, assert_right, bits, seeded
 from fastloop.testing.implementations import Implementation, copied
 from fastloop.testing.op_cases import Arguments, rope_append_case
@@ -206,3 +208,100 @@ def test_what_is_not_finite_stays_in_its_row(
         assert not ours[slot].isfinite().any()
         ours[slot] = theirs[slot]
         assert torch.equal(bits(ours), bits(theirs))
+
+
+@every_dtype
+@given(
+    seed=seeds,
+    rows=rows,
+    groups=groups,
+    repeat=repeats,
+    head_width=head_widths,
+    page=pages,
+    bias=st.booleans(),
+)
+def test_scaled_pages(
+    implementation: Implementation,
+    dtype: torch.dtype,
+    seed: int,
+    rows: int,
+    groups: int,
+    repeat: int,
+    head_width: int,
+    page: int,
+    bias: bool,
+) -> None:
+    """Float8 pages hold k without its bias and v with it, over their scales: within half a step of E4M3 and
+    what the rows' own precision rounds. Slots of nobody keep their NaN.
+    """
+    sizes = {"heads": groups * repeat, "kv_heads": groups, "head_width": head_width, "page": page}
+    case = rope_append_case(seeded(seed), rows=rows, bias=bias, dtype=dtype, scaled=True, **sizes)
+    if why := implementation.refusal(case.arguments):
+        pytest.skip(why)
+    assert_right(implementation, case)
+    a = copied(case.arguments)
+    implementation(**a)
+    _, bare, _ = (x.double() for x in parts(a | {"bias": None, "qkv": a["qkv"].double()}))
+    v = parts(a | {"qkv": a["qkv"].double()})[2].double()
+    k = rotate(bare, a["positions"], a["inv_freq"])
+    own = torch.finfo(dtype).eps * (1 + (a["bias"].abs().max() if bias else 0))
+    for pool, exact, scale in zip((a["k_pages"], a["v_pages"]), (k, v), a["kv_scale"], strict=True):
+        real = a["slots"] >= 0
+        kept = pool.float().flatten(0, 1)[a["slots"][real]] * scale[:, None]
+        half_step = exact[real].abs() / 16 + scale[:, None] * 2.0**-10
+        size = exact[real].unflatten(2, (2, -1)).norm(dim=2).repeat(1, 1, 2)  # of what is rotated together
+        assert ((kept - exact[real]).abs() <= half_step + 2 * own * (1 + size)).all()
+        assert pool.float().isnan().all(-1).all(-1).sum() == pool[..., 0, 0].numel() - real.sum()
+
+
+@given(seed=seeds, rows=rows, factor=st.sampled_from([0.0, 300.0, torch.inf]))
+def test_the_bias_of_keys_stays_out_of_scaled_pages(
+    implementation: Implementation, seed: int, rows: int, factor: float
+) -> None:
+    """To the bit; queries have theirs."""
+    a = rope_append_case(seeded(seed), rows=rows, scaled=True).arguments
+    if why := implementation.refusal(a):
+        pytest.skip(why)
+    other = copied(a)
+    own = slice(-2 * 2 * 16, -2 * 16)  # the K part
+    other["bias"][own] = factor * other["bias"][own].abs()
+    q = implementation(**a)
+    assert torch.equal(implementation(**other), q)
+    for name in ("k_pages", "v_pages"):
+        assert torch.equal(bits(a[name]), bits(other[name]))
+
+
+def test_what_is_too_large_or_not_finite_in_scaled_pages(implementation: Implementation) -> None:
+    a = rope_append_case(seeded(1), rows=5, padded=0, scaled=True, bias=False).arguments
+    if why := implementation.refusal(a):
+        pytest.skip(why)
+    a["positions"][:] = 0
+    k_part = a["qkv"][:, -64:-32]
+    k_part[0], k_part[1], k_part[2, 3], k_part[3] = 1e30, -1e30, torch.inf, torch.nan
+    implementation(**a)
+    kept = a["k_pages"].float().flatten(0, 1)[a["slots"]]
+    assert (kept[0] == FP8_MOST).all() and (kept[1] == -FP8_MOST).all() and kept[3].isnan().all()
+    assert kept[2].isnan().sum() == 2  # it and, times sin 0, what is rotated with it
+    assert kept[4].isfinite().all()
+
+
+def test_scales_of_pages_of_another_dtype_are_refused(implementation: Implementation) -> None:
+    a = rope_append_case(seeded(1), scaled=True).arguments
+    plain = {name: a[name].float() for name in ("k_pages", "v_pages")}
+    with pytest.raises(TypeError, match=r"rope_append: k_pages must be torch.float8_e4m3fn"):
+        rope_append_ref(**a | plain)
+    with pytest.raises(ValueError, match=r"dimension G of kv_scale is 3"):
+        rope_append_ref(**a | {"kv_scale": torch.ones(2, 3)})
+    with pytest.raises(TypeError, match=r"kv_scale must be torch.float32"):
+        rope_append_ref(**a | {"kv_scale": torch.ones(2, 2).double()})
+    if not implementation.missing and implementation.backend == "cpu":
+        with pytest.raises(TypeError, match="float8"):
+            implementation(**a)
+
+
+@given(seed=seeds, magnitude=st.integers(-8, 8))
+def test_float8_rounds_to_nearest(seed: int, magnitude: int) -> None:
+    x = 10.0**magnitude * torch.randn(4, 3, 16, generator=seeded(seed))
+    scale = x.abs().amax((0, 2)) / FP8_MOST
+    kept = to_float8(x, scale).float() * scale[:, None]
+    assert ((kept - x).abs() <= x.abs() / 16 * (1 + 1e-6) + scale[:, None] * 2.0**-10).all()

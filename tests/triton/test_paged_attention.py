@@ -106,3 +106,63 @@ def test_repeats_are_bit_equal(device: str) -> None:
     run = Implementation("paged_attention", "triton", device)
     case = paged_attention_case(generator(8), rows=(9, 1), lens=(150, 77), gaps=((0, 0),) * 2)
     assert torch.equal(run(**case.arguments), run(**case.arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_scaled_pages(check: Check, dtype: torch.dtype) -> None:
+    check("paged_attention", paged_attention_case(generator(11), dtype=dtype, scaled=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gaps", [((5, 170), (0, 300)), ((31, 33), (0, 0)), ((64, 65), (10, 42))])
+def test_scaled_pages_of_split_contexts(
+    check: Check, dtype: torch.dtype, gaps: tuple[tuple[int, int], ...]
+) -> None:
+    """Gaps that begin and end within a step of slots, at its edges, and behind many of them."""
+    case = paged_attention_case(
+        generator(12), rows=(13, 1), lens=(400, 333), gaps=gaps, dtype=dtype, scaled=True
+    )
+    check("paged_attention", case)
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "head_width", "page"),
+    [(1, 1, 2, 1), (7, 1, 24, 7), (6, 3, 96, 64), (16, 2, 128, 64)],
+)
+def test_scaled_pages_of_any_heads(
+    check: Check, heads: int, kv_heads: int, head_width: int, page: int
+) -> None:
+    sizes = {"heads": heads, "kv_heads": kv_heads, "head_width": head_width, "page": page}
+    gaps = ((3, 9), (0, 0))
+    check(
+        "paged_attention",
+        paged_attention_case(generator(13), rows=(5, 1), lens=(40, 12), gaps=gaps, scaled=True, **sizes),
+    )
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_scaled_pages_of_ragged_batches(check: Check, data: st.DataObject) -> None:
+    rows = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=4), label="rows")
+    lens, gaps = [], []
+    for count in rows:
+        lens.append(count + data.draw(st.integers(0 if count else 1, 150), label="context"))
+        begin = data.draw(st.integers(0, lens[-1] - count), label="gap begin")
+        gaps.append((begin, data.draw(st.integers(begin, lens[-1] - count), label="gap end")))
+    seed = data.draw(st.integers(0, 2**20), label="seed")
+    check(
+        "paged_attention", paged_attention_case(generator(seed), rows=rows, lens=lens, gaps=gaps, scaled=True)
+    )
+
+
+def test_what_is_not_finite_in_scaled_pages_stays_in_its_sequence(device: str) -> None:
+    run = Implementation("paged_attention", "triton", device)
+    case = paged_attention_case(
+        generator(14), rows=(13, 1, 13), lens=(30, 40, 25), gaps=((2, 5),) * 3, scaled=True
+    )
+    clean = run(**case.arguments)
+    page = int(case.arguments["block_table"][1, 1])
+    case.arguments["k_pages"].view(torch.uint8)[page, 3] = 0x7F  # NaN
+    spoilt = run(**case.arguments)
+    others = torch.arange(27) != 13
+    assert spoilt[13].isnan().all() and torch.equal(spoilt[others], clean[others])
