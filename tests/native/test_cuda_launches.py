@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastloop.engine import Engine
-from fastloop.ops import cuda, use_backend
+from fastloop.ops import REGISTRY, cuda, use_backend
 from fastloop.ops.dispatch import BACKENDS_OF
 from fastloop.ops.native import native, reason
 from fastloop.options import EngineConfig, SessionConfig
@@ -239,6 +239,22 @@ def test_too_little_workspace(gpu: Any) -> None:
 
 def addresses(arguments: dict[str, Tensor]) -> dict[str, int]:
     return {name: tensor.data_ptr() for name, tensor in arguments.items()}
+
+
+@pytest.mark.parametrize("dtype", cuda.DTYPES[:3])
+@pytest.mark.parametrize("page_dtype", cuda.DTYPES)
+@pytest.mark.parametrize("width", [8, 12, 16, 24, 128, 136])
+def test_what_paged_attention_refuses_is_known_before(
+    gpu: Any, dtype: torch.dtype, page_dtype: torch.dtype, width: int
+) -> None:
+    """By the op, so that a default would leave such calls to another backend, and tests know."""
+    shape = {"rows": (2,), "lens": (9,), "gaps": ((0, 0),), "heads": 2, "kv_heads": 1, "head_width": width}
+    a = attention(dtype=dtype, page_dtype=page_dtype, **shape).arguments
+    if REGISTRY["paged_attention"].refusal("cuda", (), a):
+        with pytest.raises(ValueError, match=r"no kernel for queries|heads are \d+ wide"):
+            cuda.paged_attention_cuda(**a)
+    else:
+        assert cuda.paged_attention_cuda(**a).isfinite().all()
 
 
 @every_gpu

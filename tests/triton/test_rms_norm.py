@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from fastloop.testing.implementations import Implementation
 from fastloop.testing.op_cases import Case, rms_norm_case
 
 Check = Callable[[str, Case], None]
@@ -20,3 +21,13 @@ def test_equals_the_definition(
 ) -> None:
     g = torch.Generator().manual_seed(width)
     check("rms_norm", rms_norm_case(g, rows=rows, width=width, residual=residual, dtype=dtype))
+
+
+def test_a_sum_of_zero_is_zero(device: str) -> None:
+    """Rounded by hand where the interpreter cuts bits off, it was a subnormal number."""
+    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    residual = -x
+    y = Implementation("rms_norm", "triton", device)(
+        x=x, weight=torch.ones_like(x[0]), eps=1e-6, residual=residual
+    )
+    assert not residual.any() and not y.any()
