@@ -124,9 +124,14 @@ class DecoderStep:
     """One ragged pass of the decoder; the last row of each sequence decides or, alone, draws a token."""
 
     def __init__(
-        self, context: Context, rows: Sequence[int], contexts: Sequence[int], precision: str = ""
+        self,
+        context: Context,
+        rows: Sequence[int],
+        contexts: Sequence[int],
+        precision: str = "",
+        scaled: bool = False,
     ) -> None:
-        """precision: of the matrices of the layers, "" for floats."""
+        """precision: of the matrices of the layers, "" for floats; scaled: float8 KV pages."""
         self.context, self.config, self.device = context, context.config, context.device
         self.decoder = decoder(context, precision)
         self.rows, pages = ragged(rows, contexts, self.device)
@@ -134,6 +139,8 @@ class DecoderStep:
         kept = min(d.layers, KV_LAYERS)
         shape = (kept, 2, pages, PAGE, d.kv_heads, d.head_width)
         pool = torch.empty(shape, dtype=context.dtype, device=self.device).normal_()
+        self.kv_scale = torch.ones(d.layers, 2, d.kv_heads, device=self.device) if scaled else None
+        pool = pool.to(torch.float8_e4m3fn) if scaled else pool
         self.k_pages = [pool[i % kept, 0] for i in range(d.layers)]
         self.v_pages = [pool[i % kept, 1] for i in range(d.layers)]
         self.x = torch.empty(sum(rows), d.width, dtype=context.dtype, device=self.device).normal_()
@@ -145,7 +152,7 @@ class DecoderStep:
         self.kv_bytes = (
             2 * sum(n + c for n, c in zip(rows, contexts, strict=True)) * d.kv_heads * d.head_width
         )
-        self.kv_bytes *= d.layers * context.dtype.itemsize
+        self.kv_bytes *= d.layers * pool.element_size()
 
     def _decision_state(self, count: int) -> None:
         self.slots = torch.arange(count, device=self.device)
@@ -162,7 +169,8 @@ class DecoderStep:
     def run(self) -> tuple[Tensor, ...]:
         """(p(respond), decision of each listener, token of each speaker)."""
         found: tuple[Tensor, ...] = ()
-        hidden = self.decoder.forward(self.x, self.rows, self.k_pages, self.v_pages)  # type: ignore[arg-type]
+        pages = (self.k_pages, self.v_pages, self.kv_scale)
+        hidden = self.decoder.forward(self.x, self.rows, *pages)  # type: ignore[arg-type]
         if len(self.deciding):
             found = ops.decide(
                 hidden[self.deciding],
@@ -224,13 +232,22 @@ class ListeningStep:
     """The whole step of B listeners: sound in, decisions out; only fixed buffers are read and written."""
 
     def __init__(
-        self, context: Context, streams: int, history: int, backend_name: str, precision: str = ""
+        self,
+        context: Context,
+        streams: int,
+        history: int,
+        backend_name: str,
+        precision: str = "",
+        scaled: bool = False,
     ) -> None:
-        """history: KV slots of each stream behind which the step comes; precision: of the layers."""
+        """history: KV slots of each stream behind which the step comes; precision: of the layers; scaled:
+        float8 KV pages.
+        """
         config = context.config
         self.context, self.backend = context, backend_name
         self.perception = Perception(context, streams, precision)
-        self.step = DecoderStep(context, [config.chunk_rows] * streams, [history] * streams, precision)
+        rows = [config.chunk_rows] * streams
+        self.step = DecoderStep(context, rows, [history] * streams, precision, scaled)
         starts = self.step.rows.row_starts[:-1].long()[:, None]
         audio = torch.arange(2, 2 + config.chunk_tokens, device=context.device)  # behind the control tokens
         self.audio_rows = (starts + audio).flatten()

@@ -28,6 +28,8 @@ def run(context: Context, record: Record) -> None:
         case = shape.draw(torch.Generator().manual_seed(1))
         times = {}
         for chosen in _variants(shape.op, context):
+            if chosen.refusal(case.arguments):
+                continue
             placed = {name: chosen.place(value) for name, value in case.arguments.items()}
             sets, cold = rotation(placed, shape.cold) if not context.dry else ([placed], False)
             calls = [lambda s=s, f=chosen.function: f(**s) for s in sets]

@@ -4,6 +4,7 @@ the dims of the model, too; and captured graphs against eager calls.
 
 from __future__ import annotations
 
+import functools
 import secrets
 from collections.abc import Callable
 
@@ -18,7 +19,7 @@ from fastloop.triton_kernels.launch import dependent_launches
 from .clock import capture
 from .model import ListeningStep
 from .record import Context, Record
-from .shapes import model_cases, small_bfloat16, small_quantised
+from .shapes import model_cases, small_bfloat16, small_quantised, small_scaled
 
 
 def run(context: Context, record: Record) -> None:
@@ -29,6 +30,10 @@ def run(context: Context, record: Record) -> None:
     if not context.dry:
         checks.append(("linear", "small, bfloat16", small_bfloat16))
         checks.append(("linear_quantised", "small, bfloat16", small_quantised))
+    for op in ("rope_append", "paged_attention"):
+        for dtype in (torch.float32,) if context.dry else (torch.float32, torch.bfloat16):
+            make = functools.partial(small_scaled, op=op, dtype=dtype)
+            checks.append((op, f"fp8 pages, {str(dtype).removeprefix('torch.')}", make))
     if context.dry:  # the slow ones to interpret; tests/triton has them
         checks = [check for check in checks if check[0] not in ("mel", "sample")]
     checks += [
@@ -45,7 +50,7 @@ def run(context: Context, record: Record) -> None:
     record.put(checks_text=f"{done} right of {len(record.values['errors'])}")
     for precision in ("", "fp8"):
         if not precision or context.left_s > 5:
-            _graph(context, record, precision)
+            _graph(context, record, precision)  # fp8: weights and pages
 
 
 def _serving(op: str, context: Context) -> list[Implementation]:
@@ -70,9 +75,10 @@ def _check(chosen: Implementation, kind: str, case: Case, record: Record) -> boo
 
 def _graph(context: Context, record: Record, precision: str) -> None:
     """A captured listening step, replayed on new contents of its buffers, against the same step called.
-    precision: of its weights, "" for the model's dtype.
+    precision: of its weights, "" for the model's dtype; with another one its pages are float8.
     """
-    step, kind = ListeningStep(context, 2, 40, "triton", precision), precision or "plain"
+    step = ListeningStep(context, 2, 40, "triton", precision, scaled=bool(precision))
+    kind = precision or "plain"
     eager = step.results(seed=1)
     if context.dry:
         record.put(**{f"graph_{kind}_text": "no graphs on the CPU"})

@@ -20,6 +20,9 @@ def calls(generator: torch.Generator) -> list[tuple[str, Case]]:
     long = cases.paged_attention_case(
         generator, rows=(13, 1), lens=(400, 333), gaps=((5, 170), (0, 300)), dtype=torch.bfloat16
     )
+    scaled = cases.paged_attention_case(
+        generator, rows=(13, 1), lens=(400, 333), gaps=((5, 170), (0, 300)), dtype=torch.bfloat16, scaled=True
+    )
     deep = cases.linear_case(generator, rows=13, width_in=1300, width_out=34, residual=True)
     gate = cases.linear_case(
         generator, rows=13, width_in=200, width_out=70, epilogue="silu_gate", dtype=torch.bfloat16
@@ -31,6 +34,8 @@ def calls(generator: torch.Generator) -> list[tuple[str, Case]]:
     return [
         *found,
         ("paged_attention", long),
+        ("paged_attention", scaled),
+        ("rope_append", cases.rope_append_case(generator, rows=9, dtype=torch.bfloat16, scaled=True)),
         ("linear", deep),
         ("linear", gate),
         ("linear", clusters),

@@ -78,22 +78,28 @@ def _quantised(name: str, kind: str, rows: int, dims: dict[str, Any], dtype: tor
     )
 
 
-def _paged(rows: int, streams: int, context: int, config: ModelConfig, dtype: torch.dtype) -> Shape:
-    """`streams` sequences with `rows` new rows each behind `context` slots."""
+def _paged(
+    rows: int, streams: int, context: int, config: ModelConfig, dtype: torch.dtype, scaled: bool = False
+) -> Shape:
+    """`streams` sequences with `rows` new rows each behind `context` slots; scaled: float8 pages."""
     d, length = config.decoder, context + rows
     sizes = {"heads": d.heads, "kv_heads": d.kv_heads, "head_width": d.head_width}
 
     def draw(g: Generator) -> Case:
         return cases.paged_attention_case(
             g, rows=[rows] * streams, lens=[length] * streams, gaps=[(0, 0)] * streams, page=64, dtype=dtype,
-            **sizes,
+            scaled=scaled, **sizes,
         )  # fmt: skip
 
     moved = paged_attention_bytes(
-        rows * streams, length * streams, d.heads, d.kv_heads, d.head_width, dtype.itemsize
+        rows * streams,
+        length * streams,
+        **sizes,
+        itemsize=dtype.itemsize,
+        page_itemsize=1 if scaled else None,
     )
     work = 4 * rows * streams * length * d.heads * d.head_width
-    name = f"paged_attention, {streams} x {rows} rows at {context}"
+    name = f"paged_attention, {streams} x {rows} rows at {context}" + ", fp8 pages" * scaled
     return Shape(name, "paged_attention", draw, moved, work, ("k_pages", "v_pages"))
 
 
@@ -128,14 +134,16 @@ def shapes(config: ModelConfig, dtype: torch.dtype, dry: bool) -> list[Shape]:
             lambda g: cases.rms_norm_case(g, rows=rows, width=d.width, residual=True, dtype=dtype),
             rms_norm_bytes(rows, d.width, size, True),
         ),
+    ] + [
         Shape(
-            "rope_append", "rope_append",
-            lambda g: cases.rope_append_case(
+            "rope_append" + ", fp8 pages" * scaled, "rope_append",
+            lambda g, scaled=scaled: cases.rope_append_case(
                 g, rows=rows, heads=d.heads, kv_heads=d.kv_heads, head_width=d.head_width, page=64, padded=0,
-                dtype=dtype,
+                dtype=dtype, scaled=scaled,
             ),
             rope_append_bytes(rows, d.heads, d.kv_heads, d.head_width, size),
-        ),
+        )
+        for scaled in (False, True)
     ]  # fmt: skip
     for name, dims in linears(config).items():
         counts = (chunk,) if name.startswith("encoder") else (1,) if name.endswith("head") else (1, rows, 64)
@@ -148,6 +156,8 @@ def shapes(config: ModelConfig, dtype: torch.dtype, dry: bool) -> list[Shape]:
         (rows, 1, 1024), (rows, 1, 4096), (1, 1, 1024), (rows, 64, 1024), (rows, 64, 4096), (1, 64, 4096),
     ]  # fmt: skip
     found += [_paged(n, streams, context, config, dtype) for n, streams, context in contexts]
+    scaled = contexts[1:] if dry else [(rows, 1, 4096), (1, 1, 1024), (rows, 64, 4096)]
+    found += [_paged(n, streams, context, config, dtype, True) for n, streams, context in scaled]
     found += [
         Shape(
             "decide", "decide",
@@ -196,6 +206,33 @@ def small_bfloat16(g: Generator) -> list[Case]:
         )
         for n, i, o in sizes
         for e in ("none", "gelu", "silu_gate")
+    ]
+
+
+def small_scaled(g: Generator, op: str, dtype: torch.dtype) -> list[Case]:
+    """rope_append and paged_attention over float8 pages: odd sizes, gaps, split contexts."""
+    if op == "rope_append":
+        return [
+            cases.rope_append_case(g, rows=n, kv_heads=k, heads=7 * k, head_width=w, dtype=dtype, scaled=True)
+            for n, k, w in ((1, 1, 2), (13, 2, 128), (65, 3, 96))
+        ]
+    return [
+        cases.paged_attention_case(
+            g,
+            rows=rows,
+            lens=lens,
+            gaps=gaps,
+            kv_heads=k,
+            heads=7 * k,
+            head_width=w,
+            dtype=dtype,
+            scaled=True,
+        )
+        for rows, lens, gaps in (
+            ((13, 1), (400, 333), ((5, 170), (0, 300))),
+            ((1,) * 5, (3, 50, 1, 120, 64), ((0, 0), (31, 33), (0, 0), (16, 48), (5, 9))),
+        )
+        for k, w in ((1, 24), (2, 128))
     ]
 
 

@@ -41,6 +41,8 @@ def run(context: Context, record: Record) -> None:
             record.put(left_out_text=f"from {precision} weights on: out of time")
             break
         _in_few_bits(precision, histories[-2:], context, record)
+        if precision == "fp8":
+            _float8_pages(histories[-1], context, record)
         decision = ListeningStep(context, 1, histories[-1], "triton", precision)
         moved = decision.step.weight_bytes + decision.step.kv_bytes + decision.perception.weight_bytes
         record.line(
@@ -51,6 +53,20 @@ def run(context: Context, record: Record) -> None:
 
 def variant(precision: str) -> str:
     return f"triton, {precision}" if precision else "triton"
+
+
+def _float8_pages(history: int, context: Context, record: Record) -> None:
+    """The listening step with fp8 weights and float8 KV pages, for one stream and for many."""
+    for streams in (1,) if context.dry else (1, 64):
+        rows = [context.config.chunk_rows] * streams
+        for precision, scaled in (("fp8", False), ("fp8", True)):
+            if streams == 1 and not scaled:
+                continue  # has its line
+            step = DecoderStep(context, rows, [history] * streams, precision, scaled)
+            told = variant(precision) + ", fp8 KV" * scaled
+            name = f"listening step at {history}" + f", {streams} streams" * (streams > 1)
+            moved = step.weight_bytes + step.kv_bytes
+            _line(name, "triton", step.run, moved, step.operations, context, record, told)
 
 
 def _in_few_bits(precision: str, histories: tuple[int, ...], context: Context, record: Record) -> None:

@@ -17,6 +17,7 @@ ENGINE = (
     "captured_runner",
     "captured_perceive",
     "quantised",
+    "float8_pages",
     "reply",
 )  # those with graphs and streams of CUDA
 

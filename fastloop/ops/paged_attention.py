@@ -351,7 +351,14 @@ register_native(paged_attention, paged_attention_cpu, takes={"q": FLOAT32, "k_pa
 
 
 def paged_attention_bytes(
-    rows: int, kv_slots: int, heads: int, kv_heads: int, head_width: int, itemsize: int = 4
+    rows: int,
+    kv_slots: int,
+    heads: int,
+    kv_heads: int,
+    head_width: int,
+    itemsize: int = 4,
+    page_itemsize: int | None = None,
 ) -> int:
-    """Bytes moved: every key and value once, q in, the result out."""
-    return 2 * (kv_slots * kv_heads + rows * heads) * head_width * itemsize
+    """Bytes moved: every key and value once, q in, the result out. page_itemsize: None is q's."""
+    pages = kv_slots * kv_heads * (itemsize if page_itemsize is None else page_itemsize)
+    return 2 * (pages + rows * heads * itemsize) * head_width
