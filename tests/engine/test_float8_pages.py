@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from fastloop.config import ConfigError
 from fastloop.engine import Engine
 from fastloop.engine.kv_layout import RowLayout, kv_scale
 from fastloop.engine.recorder import Tape
+from fastloop.engine.runners import is_native
 from fastloop.ops.rope_append import rotate
 from fastloop.options import EngineConfig, SessionConfig
 from fastloop.quantise import FP8_MOST, QUANTISERS
@@ -210,7 +212,12 @@ def test_who_refuses_them(model: Model, monkeypatch: pytest.MonkeyPatch) -> None
         engine(model, runner="auto")
     with pytest.raises(ConfigError, match="kv_precision: fp8 pages are for GPUs"):
         engine(model, runner="auto", precision="int8")
-    assert "fp8" not in str(engine(model, kv_precision="auto").cache.k_pages.dtype)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 0))
+    old = SimpleNamespace(device=torch.device("cuda", 0))  # all of a model that is asked here
+    with pytest.raises(ConfigError, match="kv_precision: fp8 pages take sm_89 or newer, cuda:0 is sm_80"):
+        is_native(EngineConfig(kv_precision="fp8"), old)  # type: ignore[arg-type]
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (9, 0))
+    assert not is_native(EngineConfig(kv_precision="fp8"), old)  # type: ignore[arg-type]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from fastloop.ops import REGISTRY
 from fastloop.ops.dispatch import BackendError
 from fastloop.ops.triton import MISSING, kernel, register_triton
-from fastloop.triton_kernels.launch import record_launches
+from fastloop.triton_kernels.launch import accept_float8, record_launches
 from fastloop.triton_kernels.rms_norm import rms_norm_triton
 
 
@@ -85,3 +86,13 @@ def test_what_an_op_takes_is_known_before_its_kernel_is_imported() -> None:
     assert "it takes x in torch.float32 or torch.bfloat16 or torch.float16, got torch.float64" in told
     wanted = torch.ones(2, 4, requires_grad=True)
     assert "no gradient" in REGISTRY["rms_norm"].refusal("triton", (wanted, weight.float(), 1e-6), {})
+
+
+def test_float8_is_refused_by_old_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their compiler has no conversion; the message says so before it is asked."""
+    tensor = SimpleNamespace(dtype=torch.float8_e4m3fn, device=torch.device("cuda", 0))
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (8, 6))
+    with pytest.raises(BackendError, match="k_pages in float8_e4m3fn from sm_89 on, cuda:0 is sm_86"):
+        accept_float8("paged_attention", "k_pages", tensor)  # type: ignore[arg-type]
+    bytes_ = accept_float8("linear_quantised", "values", torch.zeros(2, dtype=torch.float8_e4m3fn))
+    assert bytes_.dtype == torch.uint8
