@@ -13,7 +13,7 @@ import torch
 from fastloop.ops import REGISTRY
 from fastloop.testing.implementations import Implementation, implementations
 from fastloop.testing.op_cases import CASES, Case
-from fastloop.testing.selfcheck import compare
+from fastloop.testing.selfcheck import compare_redrawn
 from fastloop.triton_kernels.launch import dependent_launches
 
 from .clock import capture
@@ -44,9 +44,12 @@ def run(context: Context, record: Record) -> None:
     done = 0
     for op, kind, make in checks:
         for chosen in _serving(op, context):
-            for case in make(torch.Generator().manual_seed(seed)):
+            for place, case in enumerate(_drawn(make, seed)):
                 if not chosen.refusal(case.arguments):
-                    done += _check(chosen, kind, case, record)
+                    redraw = functools.partial(
+                        lambda make, place, seed: _drawn(make, seed)[place], make, place
+                    )
+                    done += _check(chosen, kind, case, redraw, record)
     record.put(checks_text=f"{done} right of {len(record.values['errors'])}")
     for precision in ("", "fp8"):
         if not precision or context.left_s > 5:
@@ -59,10 +62,16 @@ def _serving(op: str, context: Context) -> list[Implementation]:
     return [i for i in implementations(op) if i.device == "cuda" and not i.missing]
 
 
-def _check(chosen: Implementation, kind: str, case: Case, record: Record) -> bool:
+def _drawn(make: Callable[[torch.Generator], list[Case]], seed: int) -> list[Case]:
+    return make(torch.Generator().manual_seed(seed))
+
+
+def _check(
+    chosen: Implementation, kind: str, case: Case, redraw: Callable[[int], Case], record: Record
+) -> bool:
     name = f"{chosen.op}, {chosen.backend}, {kind}, {len(record.values['errors'])}"
     try:
-        found = compare(chosen, case)
+        found = compare_redrawn(chosen, case, redraw)
     except Exception as error:  # whatever an implementation raises is what is reported of it
         record.problem(f"{name}: raised {type(error).__name__}: {error}"[:400])
         record.values["errors"][name] = None

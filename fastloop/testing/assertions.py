@@ -11,15 +11,12 @@ from torch import Generator, Tensor
 from ..ops.dispatch import REGISTRY
 from .implementations import Implementation, copied
 from .op_cases import Arguments, Case
-from .selfcheck import compare, compare_pooled, judge, results, widened
+from .selfcheck import compare, compare_redrawn, judge, results, widened
 from .tolerance import FORMULA_BOUND, relative_error
 
 
 def seeded(seed: int) -> Generator:
     return torch.Generator().manual_seed(seed)
-
-
-POOLED = 2048  # numbers: both errors are known to some 2 %
 
 
 def assert_right(
@@ -30,9 +27,10 @@ def assert_right(
     redraw: makes the case from another seed. With it, a call that errs too much counts as wrong if it does so
     over many draws: of a few numbers it is chance.
     """
-    found = compare(implementation, case)
-    if not found.ok and found.error is not None and redraw is not None:
-        found = compare_pooled(implementation, (redraw(seeded(seed)) for seed in range(POOLED)), POOLED)
+    if redraw is None:
+        found = compare(implementation, case)
+    else:
+        found = compare_redrawn(implementation, case, lambda seed: redraw(seeded(seed)))
     assert found.ok, found.problem
 
 
