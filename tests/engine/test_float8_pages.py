@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -48,8 +49,8 @@ def biased(model: Model, size: float) -> Model:
     return Model(model.config, weights, model.tokenizer)
 
 
-def engine(model: Model, **options: object) -> Engine:
-    given = {"runner": "eager", "kv_precision": "fp8", "max_sessions": 4, "page_tokens": 16}
+def engine(model: Model, **options: Any) -> Engine:
+    given: dict[str, Any] = {"runner": "eager", "kv_precision": "fp8", "max_sessions": 4, "page_tokens": 16}
     return Engine(model, EngineConfig(**given | options))
 
 
@@ -66,7 +67,7 @@ def scripts(model: Model, silent: bool = False) -> list[Script]:
 def test_no_key_and_no_value_is_too_large(quantised: str, seed: int, size: float) -> None:
     """Whatever the rows are: also those that a row of the matrix points along, at any position."""
     g = seeded(seed)
-    weights = {
+    weights: dict[str, Any] = {
         "qkv.weight": size * torch.randn(C.qkv_rows, C.width, generator=g),
         "qkv.bias": size * torch.randn(C.qkv_rows, generator=g),
         "norm1.weight": 1 + torch.randn(C.width, generator=g),

@@ -16,7 +16,7 @@ from hypothesis import assume, given
 from scipy.special import softmax
 from torch import Generator, Tensor
 
-from fastloop.ops import REGISTRY
+from fastloop.ops import REGISTRY, use_backend
 from fastloop.ops.paged_attention import paged_attention_ref
 from fastloop.ops.rope_append import rope_append_ref, rotate
 from fastloop.testing.assertions import assert_defined, assert_near, assert_right, bits, seeded
@@ -382,3 +382,13 @@ def test_who_has_no_scaled_pages_says_so() -> None:
     for backend in REGISTRY["paged_attention"].implementations:
         refusal = REGISTRY["paged_attention"].refusal(backend, (), a)
         assert bool(refusal) == (backend not in takes), (backend, refusal)
+
+
+@pytest.mark.parametrize("backend", ["reference", "graph"])
+def test_calls_with_scaled_pages_are_traced(backend: str) -> None:
+    """torch's own check of the fake; its other ones compute with pages, which it cannot in float8."""
+    arguments = paged_attention_case(seeded(2), scaled=True).arguments
+    with use_backend(f"paged_attention={backend}"):
+        torch.library.opcheck(
+            REGISTRY["paged_attention"].torch_op, (), arguments, test_utils="test_faketensor"
+        )
