@@ -150,7 +150,7 @@ def fill(session: Session, state: SnapshotState) -> None:
             stream.text = TextStream.restore(engine.model.tokenizer, values["text"])
         keys, content = tensors["keys"], tensors["values"]
         bare = engine.cache.layout.bare_keys
-        if values["bare_keys"] != bare:  # taken with pages of another precision
+        if values.get("bare_keys", False) != bare:  # taken with pages of another precision
             bias = _turned_bias(engine.model, stream.kv.prefix_len + values["start"], keys.shape[1])
             keys = keys.float().to(bias.device) + (-bias if bare else bias)
         stream.kv.load(keys, content, values["start"], engine.model.decoder.inv_freq)
