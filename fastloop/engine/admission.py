@@ -12,7 +12,7 @@ Source: earliest deadline first is optimal for one machine while all deadlines c
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 FLOOR_TOKENS_PER_S = 10.0  # what a response keeps under any load: faster than anyone reads or speaks
 COHORT_ROWS = (
@@ -21,8 +21,7 @@ COHORT_ROWS = (
 COHORT_S = 0.002  # about what a step of one listener takes
 
 
-@dataclass(frozen=True)
-class Waiting:
+class Waiting(NamedTuple):
     """One session that could enter the next step. Times in monotonic seconds."""
 
     key: int  # the session; breaks ties

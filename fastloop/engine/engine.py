@@ -309,7 +309,8 @@ class Engine:
         return [session.stream for session in list(self._sessions.values())]
 
     def _notify(self) -> None:
-        self.work.set()
+        if not self.work.is_set():  # `step` clears it before it looks: what is queued by now is found
+            self.work.set()
 
     # ---- what it reports -------------------------------------------------------------------------------
 

@@ -89,7 +89,10 @@ class Inbox:
             if self.waiting < count:
                 return None
             end = self.received - self.waiting + count
-            return next(arrived for received, arrived in self._arrivals if received >= end)
+            for received, arrived in self._arrivals:
+                if received >= end:
+                    return arrived
+            raise AssertionError("what waits has arrived")
 
     def take(self, count: int) -> tuple[np.ndarray, float] | None:
         """`count` samples and the moment the last of them arrived (monotonic seconds), or None."""

@@ -209,17 +209,22 @@ def test_a_gap_is_as_if_it_were_not_there(
     implementation: Implementation, dtype: torch.dtype, seed: int, batch: Batch, page: int
 ) -> None:
     """The same keys and values without the gap, in pages of their own."""
-    a = batch.case(seed, page=page, dtype=dtype).arguments
+    with_gaps = batch.draw(page=page, dtype=dtype)
     lens = [n - (end - begin) for n, (begin, end) in zip(batch.lens, batch.gaps, strict=True)]
-    closed = Batch(batch.rows, lens, [(0, 0)] * len(lens)).case(seed, page=page, dtype=dtype).arguments
-    closed["q"] = a["q"]
-    for b in range(len(lens)):
-        _, k, v, _ = dense(floats(a), b)
-        slots = torch.arange(lens[b])
-        where = closed["block_table"][b][slots // page].long(), slots % page
-        closed["k_pages"][where] = torch.from_numpy(k).to(dtype)
-        closed["v_pages"][where] = torch.from_numpy(v).to(dtype)
-    assert_near(implementation(**closed), "paged_attention", a)
+    without = Batch(batch.rows, lens, [(0, 0)] * len(lens)).draw(page=page, dtype=dtype)
+
+    def draw(generator: Generator) -> Case:
+        a, closed = with_gaps(generator).arguments, without(generator).arguments
+        closed["q"] = a["q"]
+        for b in range(len(lens)):
+            _, k, v, _ = dense(floats(a), b)
+            slots = torch.arange(lens[b])
+            where = closed["block_table"][b][slots // page].long(), slots % page
+            closed["k_pages"][where] = torch.from_numpy(k).to(dtype)
+            closed["v_pages"][where] = torch.from_numpy(v).to(dtype)
+        return Case(closed, truth=lambda _: [paged_attention_ref(**widened(a))])
+
+    assert_right(implementation, draw(seeded(seed)), draw)
 
 
 @given(seed=seeds, batch=batches())
