@@ -91,7 +91,8 @@ class Kernels:
         return frames
 
     def paged_attention(self, *args: Any, **named: Any) -> Tensor:
-        (tensors,) = bound("paged_attention", args, named)
+        tensors, *unscaled = bound("paged_attention", args, named)
+        assert all(scale is None for scale in unscaled), "pages with scales are not these kernels'"
         q, k_pages, _, block_table, _, kv_lens, _ = tensors
         (_, heads, head), (page, groups) = q.shape, k_pages.shape[1:3]
         sums, scales = (poisoned(2 * self.blocks, groups, 128, width) for width in (head, 2))
