@@ -76,16 +76,23 @@ def test_text_alone(check: Check) -> None:
     check("paged_attention", case)
 
 
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data())
-def test_ragged_batches(check: Check, data: st.DataObject) -> None:
-    """Any mix of rows per sequence (none, too), any context, any gap that leaves out the new rows."""
+def ragged(data: st.DataObject) -> tuple[list[int], list[int], list[tuple[int, int]]]:
+    """Any mix of rows per sequence (none, too), any context, any gap that leaves out the new rows: rows,
+    lengths and gaps.
+    """
     rows = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=4), label="rows")
     lens, gaps = [], []
     for count in rows:
         lens.append(count + data.draw(st.integers(0 if count else 1, 150), label="context"))
         begin = data.draw(st.integers(0, lens[-1] - count), label="gap begin")
         gaps.append((begin, data.draw(st.integers(begin, lens[-1] - count), label="gap end")))
+    return rows, lens, gaps
+
+
+@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_ragged_batches(check: Check, data: st.DataObject) -> None:
+    rows, lens, gaps = ragged(data)
     seed = data.draw(st.integers(0, 2**20), label="seed")
     check("paged_attention", paged_attention_case(generator(seed), rows=rows, lens=lens, gaps=gaps))
 
@@ -143,12 +150,7 @@ def test_scaled_pages_of_any_heads(
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_scaled_pages_of_ragged_batches(check: Check, data: st.DataObject) -> None:
-    rows = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=4), label="rows")
-    lens, gaps = [], []
-    for count in rows:
-        lens.append(count + data.draw(st.integers(0 if count else 1, 150), label="context"))
-        begin = data.draw(st.integers(0, lens[-1] - count), label="gap begin")
-        gaps.append((begin, data.draw(st.integers(begin, lens[-1] - count), label="gap end")))
+    rows, lens, gaps = ragged(data)
     seed = data.draw(st.integers(0, 2**20), label="seed")
     check(
         "paged_attention", paged_attention_case(generator(seed), rows=rows, lens=lens, gaps=gaps, scaled=True)
