@@ -20,7 +20,7 @@ from .augment import Augment, augment, draw_tempo, stretch
 from .features import FeatureSet, clamp
 from .objective import Batch, collate
 from .questions import QUESTION
-from .sequence import build, due_chunk, due_replies, free_chunks, plan
+from .sequence import build, due_chunk, steps_of
 from .shards import Stream, Turn
 from .sounds import DIGITS, sound_of
 
@@ -149,8 +149,7 @@ class Batches:
             prompt = None
             if self.prompts and rng.random() < self.plan.other_prompt:
                 prompt = str(rng.choice(self.prompts))
-            due, free = due_replies(turns, len(raw), chunk_s), free_chunks(turns, len(raw), chunk_s)
-            steps = plan(due, len(raw), rng, free)
+            steps = steps_of(turns, len(raw), chunk_s, rng)
             frames.append(clamp(augment(raw, self.augment, rng, self._noise(rng))))
             active.append(self._active(turns, len(raw)))
             sequences.append(build(self.config, self.tokenizer, steps, prompt))

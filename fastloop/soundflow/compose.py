@@ -54,7 +54,7 @@ def compose(plan: Plan, library: Library) -> Composed:
     asks = np.random.default_rng([plan.seed, 1])
     for part in plan.parts:
         begin = at + _gap(part, turns)
-        if plan.tfjp and not (part.sources[0].startswith(SYNTHETIC) or voices.is_voice(part.sources[0])):
+        if plan.tfjp and not part.generated:
             begin = math.ceil(begin / HALF_CHUNK_S - 1e-9) * HALF_CHUNK_S
         if room_end - begin < 1.0:
             break

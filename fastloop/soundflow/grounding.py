@@ -62,6 +62,11 @@ class Part:
     pauses_s: tuple[float, ...] = ()
     speed: float = 1.0
 
+    @property
+    def generated(self) -> bool:
+        """Whether it comes from a generator or a voice: from no room, and without silence around it."""
+        return self.sources[0].startswith(SYNTHETIC) or voices.is_voice(self.sources[0])
+
 
 @dataclass(frozen=True)
 class Plan:

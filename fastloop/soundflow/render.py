@@ -152,8 +152,7 @@ def render(library: Library, part: Part, room_s: float, tfjp: bool = True) -> Re
     rng = np.random.default_rng(part.seed)
     dry = _dry(rng, library, part, room_s, tfjp)
     x = dry.pcm
-    dry_source = part.sources[0].startswith(SYNTHETIC) or voices.is_voice(part.sources[0])
-    if rng.random() < (0.7 if dry_source else 0.35):
+    if rng.random() < (0.7 if part.generated else 0.35):
         x = reverb(rng, x)
     if rng.random() < 0.7:
         x = tilt(rng, x)

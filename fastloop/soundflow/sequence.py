@@ -205,6 +205,13 @@ def due_replies(turns: Iterable[Turn], chunks: int, chunk_s: float) -> dict[int,
     return replies
 
 
+def steps_of(
+    turns: Sequence[Turn], chunks: int, chunk_s: float, rng: np.random.Generator | None = None
+) -> list[Step]:
+    """What is said and wanted in each of `chunks` chunks, given what is heard; `rng` as in `plan`."""
+    return plan(due_replies(turns, chunks, chunk_s), chunks, rng, free_chunks(turns, chunks, chunk_s))
+
+
 def token_sequence(
     config: ModelConfig,
     tokenizer: Tokenizer,
@@ -218,6 +225,4 @@ def token_sequence(
     """
     chunk_s = config.chunk_seconds
     chunks = math.ceil(stream.seconds / chunk_s - 1e-9)
-    due, free = due_replies(stream.turns, chunks, chunk_s), free_chunks(stream.turns, chunks, chunk_s)
-    steps = plan(due, chunks, rng, free)
-    return build(config, tokenizer, steps, system_prompt)
+    return build(config, tokenizer, steps_of(stream.turns, chunks, chunk_s, rng), system_prompt)
