@@ -23,20 +23,20 @@ groups = st.integers(1, 3)
 repeats = st.sampled_from([1, 2, 7, 8])
 head_widths = st.one_of(st.sampled_from([64, 128]), st.integers(1, 20).map(lambda half: 2 * half))
 pages = st.sampled_from([1, 3, 8, 64])
+sizes = {
+    "seed": seeds,
+    "rows": rows,
+    "groups": groups,
+    "repeat": repeats,
+    "head_width": head_widths,
+    "page": pages,
+    "bias": st.booleans(),
+}
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 
 
 @every_dtype
-@given(
-    seed=seeds,
-    rows=rows,
-    groups=groups,
-    repeat=repeats,
-    head_width=head_widths,
-    page=pages,
-    bias=st.booleans(),
-    padded=st.integers(0, 3),
-)
+@given(**sizes, padded=st.integers(0, 3))
 def test_errs_at_most_twice_as_much_as_torch(
     implementation: Implementation,
     dtype: torch.dtype,
@@ -212,15 +212,7 @@ def test_what_is_not_finite_stays_in_its_row(
 
 
 @every_dtype
-@given(
-    seed=seeds,
-    rows=rows,
-    groups=groups,
-    repeat=repeats,
-    head_width=head_widths,
-    page=pages,
-    bias=st.booleans(),
-)
+@given(**sizes)
 def test_scaled_pages(
     implementation: Implementation,
     dtype: torch.dtype,
@@ -235,8 +227,8 @@ def test_scaled_pages(
     """Float8 pages hold k without its bias and v with it, over their scales: within half a step of E4M3 and
     what the rows' own precision rounds. Slots of nobody keep their NaN.
     """
-    sizes = {"heads": groups * repeat, "kv_heads": groups, "head_width": head_width, "page": page}
-    case = rope_append_case(seeded(seed), rows=rows, bias=bias, dtype=dtype, scaled=True, **sizes)
+    dims = {"heads": groups * repeat, "kv_heads": groups, "head_width": head_width, "page": page}
+    case = rope_append_case(seeded(seed), rows=rows, bias=bias, dtype=dtype, scaled=True, **dims)
     if why := implementation.refusal(case.arguments):
         pytest.skip(why)
     assert_right(implementation, case)
