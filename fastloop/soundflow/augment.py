@@ -11,11 +11,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from ..config import MEL_BINS
+from ..config import HOP_SAMPLES, MEL_BINS, SAMPLE_RATE
 
 FLOOR = -10.0  # log10 of the least power the mel op gives
+REVERBERATION_S = (0.15, 0.6)  # in which the power of a room decays by 60 dB
+RING = (0.05, 0.5)  # power of a lasting sound off the walls, to what comes directly
 WARPS = 25  # frequency warps that are kept ready
 
 
@@ -29,6 +32,7 @@ class Augment:
     mix: chance that the noise of a silent stream is added, at 0 to 25 dB below the row's loudest frame.
     narrow: chance that nothing above 4 kHz comes through, as over a telephone.
     mask: chance that two bands of up to 16 bins are blanked (SpecAugment, arXiv 1904.08779).
+    room: chance that a row is heard in a room: its powers ring on, exponentially decaying.
     tempo: every second row is played 1 - tempo .. 1 + tempo times as fast, at its own pitch.
     """
 
@@ -38,6 +42,7 @@ class Augment:
     mix: float = 0.0
     narrow: float = 0.0
     mask: float = 0.0
+    room: float = 0.0
     tempo: float = 0.0
 
     def __post_init__(self) -> None:
@@ -99,6 +104,18 @@ def mix(raw: Tensor, noise: Tensor, level: float) -> Tensor:
     return torch.logaddexp(raw * ten, other * ten) / ten
 
 
+def ring_on(raw: Tensor, reverberation_s: float, ring: float) -> Tensor:
+    """raw [chunks, F, C] in a room: every frame's power comes again, decaying by 60 dB in reverberation_s;
+    in all `ring` times as much as came directly.
+    """
+    frames = torch.arange(1, max(2, round(reverberation_s * SAMPLE_RATE / HOP_SAMPLES)))
+    tail = 10 ** (-6 * frames * HOP_SAMPLES / SAMPLE_RATE / reverberation_s)
+    kernel = torch.cat((ring * tail.flip(0) / tail.sum(), torch.ones(1)))
+    power = 10 ** raw.flatten(0, 1).T  # [C, chunks F]
+    heard = F.conv1d(F.pad(power, (len(kernel) - 1, 0))[:, None], kernel[None, None])[:, 0]
+    return heard.T.clamp(min=10**FLOOR).log10().reshape(raw.shape)
+
+
 def augment(raw: Tensor, settings: Augment, rng: np.random.Generator, noise: Tensor | None) -> Tensor:
     """One row, log10 mel power [chunks, F, C] -> the same shape, moved as far as `settings` allow.
 
@@ -109,6 +126,8 @@ def augment(raw: Tensor, settings: Augment, rng: np.random.Generator, noise: Ten
         raw = warp(raw, float(1 + settings.warp * steps / (WARPS // 2)))
     if rng.random() < settings.narrow:
         raw = raw.masked_fill(torch.from_numpy(centres_hz() > 4000), FLOOR)
+    if rng.random() < settings.room:
+        raw = ring_on(raw, float(rng.uniform(*REVERBERATION_S)), float(rng.uniform(*RING)))
     raw = raw + _microphone(settings, rng)
     if noise is not None and rng.random() < settings.mix:
         quieter = rng.uniform(0.0, 2.5)

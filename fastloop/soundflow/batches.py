@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -19,13 +19,14 @@ from ..text import Tokenizer
 from .augment import Augment, augment, draw_tempo, stretch
 from .features import FeatureSet, clamp
 from .objective import Batch, collate
-from .questions import QUESTION
+from .questions import QUESTION, answer, ask
 from .sequence import build, due_chunk, steps_of
 from .shards import Stream, Turn
 from .sounds import DIGITS, sound_of
 
 LONGEST_EXCERPT = 40  # chunks
 ANYWHERE = 0.2  # of excerpts are around no answer
+HEARD_S = 0.5  # what a cut leaves less of nobody is asked about
 ASKED_S = 0.4  # what is asked can be told apart in the last of a question
 RARE = 20  # what is heard, or replied, in fewer turns has no class of its own
 
@@ -39,6 +40,8 @@ class BatchPlan:
     excerpts: chance that a row is made of excerpts: a few seconds around an answer, of many streams, cut
         and joined at chunks. Answers are rare in whole streams; here they are frequent.
     around: most chunks of an excerpt before the answer, and from it on.
+    asks: chance that an excerpt is followed by a question about the row so far, in a recording of the same
+        words from any stream.
     other_prompt: chance that a row has another system prompt than the model's own.
     """
 
@@ -47,6 +50,7 @@ class BatchPlan:
     balance: float = 0.5
     excerpts: float = 0.0
     around: int = 6
+    asks: float = 0.0
     other_prompt: float = 0.3
 
     def __post_init__(self) -> None:
@@ -110,6 +114,7 @@ class Batches:
         self.silent = [i for i, stream in enumerate(features.streams) if stream.silent]
         self.weights = self._weights()
         self.answers, self.chances = self._answers()
+        self.recorded = self._recorded()
 
     def _answers(self) -> tuple[list[tuple[int, int]], np.ndarray]:
         """What excerpts are made around: (stream, chunk) of every answer but those to questions, and the
@@ -125,6 +130,18 @@ class Batches:
         counts = _shared(Counter(classes))
         chances = np.array([counts[c] ** -self.plan.balance for c in classes])
         return places, chances / chances.sum()
+
+    def _recorded(self) -> dict[str, list[tuple[int, int, int]]]:
+        """The words of a question -> stream, first chunk, end of every recording of them, with the chunk in
+        which the answer is due.
+        """
+        chunk_s, found = self.config.chunk_seconds, defaultdict(list)
+        for index, stream in enumerate(self.features.streams):
+            for turn in stream.turns:
+                if turn.label == QUESTION and turn.answer_s is not None:
+                    due = min(self.features.chunks(index) - 1, due_chunk(turn.answer_s, chunk_s))
+                    found[turn.user].append((index, int(turn.start_s / chunk_s), due + 1))
+        return dict(found)
 
     def _weights(self) -> np.ndarray:
         """Chance of each stream [streams]: the mean of count^-balance over the classes of its answers."""
@@ -158,26 +175,25 @@ class Batches:
 
     def _row(self, rng: np.random.Generator, length: int, tempo: float) -> tuple[Tensor, list[Turn]]:
         """Streams joined, played at `tempo` and cut to `length` chunks: raw features, and the turns in the
-        row's time.
+        row's time. What is asked is asked about the row.
         """
-        parts: list[Tensor] = []
-        turns: list[Turn] = []
-        have, wanted, chunk_s = 0, math.ceil(length * tempo), self.config.chunk_seconds
+        row = _Row(self.features, self.config.chunk_seconds)
+        wanted = math.ceil(length * tempo)
         short = rng.random() < self.plan.excerpts
-        while have < wanted:
-            if short:
-                index, first, end = self._excerpt(rng)
-            else:
-                index, first = int(rng.choice(len(self.weights), p=self.weights)), 0
-                end = self.features.chunks(index)
-            stream = self.features.streams[index]
-            turns += [shifted(turn, have * chunk_s) for turn in cut(happens(stream), first, end, chunk_s)]
-            parts.append(self.features.raw(index, first, end))
-            have += end - first
-        raw = torch.cat(parts)[:wanted]
+        while row.chunks < wanted:
+            if not short:
+                index = int(rng.choice(len(self.weights), p=self.weights))
+                row.add(index, 0, self.features.chunks(index))
+                continue
+            row.add(*self._excerpt(rng))
+            if self.plan.asks and rng.random() < self.plan.asks:
+                recordings = self.recorded.get(ask(rng, row.heard, row.behind).text)
+                if recordings:
+                    row.add(*recordings[int(rng.integers(len(recordings)))])
+        raw, turns = torch.cat(row.parts)[:wanted], row.turns
         if tempo != 1:
             raw, turns = stretch(raw, tempo, length), [played(turn, tempo) for turn in turns]
-        return raw, [turn for turn in turns if turn.start_s < length * chunk_s]
+        return raw, [turn for turn in turns if turn.start_s < length * self.config.chunk_seconds]
 
     def _excerpt(self, rng: np.random.Generator) -> tuple[int, int, int]:
         """Stream, first chunk, end: around one of the answers, or, for the sake of what else there is to
@@ -211,6 +227,38 @@ class Batches:
         return torch.from_numpy(active).unflatten(0, (chunks, self.config.chunk_tokens))
 
 
+class _Row:
+    """Pieces of streams, one behind the other: `parts`, raw features [chunks, F, C] each, and `turns` in the
+    row's time. heard: labels of what has happened; behind: of what has lain under it.
+    """
+
+    def __init__(self, features: FeatureSet, chunk_s: float) -> None:
+        self.features, self.chunk_s = features, chunk_s
+        self.parts: list[Tensor] = []
+        self.turns: list[Turn] = []
+        self.chunks = 0
+        self.heard: list[str] = []
+        self.behind: set[str] = set()
+
+    def add(self, index: int, first: int, end: int) -> None:
+        """Append the chunks first..end of a stream. Its questions get the answers that are true in the row,
+        or None where there is none.
+        """
+        stream = self.features.streams[index]
+        pieces = cut(stream.turns, first, end, self.chunk_s)
+        self.behind.update(turn.label for turn in pieces if turn.background)
+        for turn in cut(happens(stream), first, end, self.chunk_s):
+            if turn.label == QUESTION and turn.answer_s is not None:
+                reply = answer(turn.user, self.heard, self.behind)
+                told = (None, None) if reply is None else (reply.text, reply.emotion)
+                turn = dataclasses.replace(turn, reply=told[0], emotion=told[1])
+            elif not turn.background:
+                self.heard.append(turn.label)
+            self.turns.append(shifted(turn, self.chunks * self.chunk_s))
+        self.parts.append(self.features.raw(index, first, end))
+        self.chunks += end - first
+
+
 def _shared(counts: Counter[str]) -> dict[str, int]:
     """How often each class comes up, where all rare ones count as one."""
     rare = sum(n for n in counts.values() if n < RARE)
@@ -219,19 +267,16 @@ def _shared(counts: Counter[str]) -> dict[str, int]:
 
 def excerpt(stream: Stream, chunks: int, chunk_s: float, first: int, end: int) -> tuple[int, int]:
     """The chunks first..end of a stream of `chunks`, or more, where a sound that was answered would be cut;
-    the whole stream where that is long or a question is in it.
+    the whole stream where that is long.
 
-    No sound that was answered before the excerpt is heard in it: there it would look unanswered. A question
-    is never in it: what it asks about would be missing.
+    No sound that was answered before the excerpt is heard in it: there it would look unanswered.
     """
-    due = [turn for turn in stream.turns if turn.answer_s is not None]
     first, end = max(0, first), min(chunks, end)
+    due = [turn for turn in stream.turns if turn.answer_s is not None]
     for turn in sorted(due, key=lambda turn: -turn.start_s):
         if turn.start_s < first * chunk_s < turn.end_s:
             first = int(turn.start_s / chunk_s)
-    inside = [turn for turn in due if turn.end_s > first * chunk_s and turn.start_s < end * chunk_s]
-    asked = any(turn.label == QUESTION for turn in inside)
-    return (0, chunks) if asked or not 0 < end - first <= LONGEST_EXCERPT else (first, end)
+    return (first, end) if 0 < end - first <= LONGEST_EXCERPT else (0, chunks)
 
 
 def cut(turns: Sequence[Turn], first: int, end: int, chunk_s: float) -> list[Turn]:
@@ -244,10 +289,13 @@ def cut(turns: Sequence[Turn], first: int, end: int, chunk_s: float) -> list[Tur
         if turn.end_s <= start_s or turn.start_s >= end_s:
             continue
         answered = turn.answer_s is not None and first <= due_chunk(turn.answer_s, chunk_s) < end
+        begin, stop = max(turn.start_s, start_s), min(turn.end_s, end_s)
+        little = stop - begin < min(HEARD_S, turn.end_s - turn.start_s)
         moved = dataclasses.replace(
             turn,
-            start_s=max(turn.start_s, start_s),
-            end_s=min(turn.end_s, end_s),
+            start_s=begin,
+            end_s=stop,
+            background=turn.background or (little and not answered),
             reply=turn.reply if answered else None,
             answer_s=turn.answer_s if answered else None,
         )

@@ -202,7 +202,7 @@ def _ask(
 
     It begins `at`; the last one as late as the stream allows, if that is later.
     """
-    question = ask(rng, turns, {layer.label for layer in plan.layers})
+    question = ask(rng, [turn["label"] for turn in turns], {layer.label for layer in plan.layers})
     voice = voices.draw(rng, library.split)
     x = np.asarray(voices.speak(voice, question.text), dtype=np.float64)
     latest = plan.seconds - TAIL_S - len(x) / SAMPLE_RATE

@@ -80,7 +80,8 @@ def feature_set(
     are not there yet. Another set of shards goes into another subdirectory.
     """
     stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards]
-    key = hashlib.sha256(json.dumps([stamp, split, chunk_frames]).encode()).hexdigest()[:12]
+    kept = [field.name for kind in (Stream, Turn) for field in dataclasses.fields(kind)]
+    key = hashlib.sha256(json.dumps([stamp, split, chunk_frames, kept]).encode()).hexdigest()[:12]
     directory = cache / f"{split}-{key}"
     if not directory.is_dir():
         cache.mkdir(parents=True, exist_ok=True)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .sequence import Reply
 from .sounds import sound_of
 from .synth import Rng
 
 QUESTION = "question"  # label of a spoken question about the stream
+ANYTHING, FIRST, LAST = "what did you hear?", "what did you hear first?", "what did you hear last?"
+COUNT, WHETHER = "how many times did you hear {}?", "did you hear {}?"
 ABSENT = ("siren", "dog", "crying_baby", "glass_breaking", "coughing", "doorbell", "rooster", "sneezing")
 
 
@@ -20,15 +21,15 @@ class Question:
     answer: Reply
 
 
-def _heard(turns: Sequence[dict[str, Any]]) -> list[str]:
+def _heard(labels: Sequence[str]) -> list[str]:
     """Labels in order, without earlier questions; a string of digits counts once."""
-    labels: list[str] = []
-    for turn in turns:
-        if turn["label"] == QUESTION:
+    heard: list[str] = []
+    for label in labels:
+        if label == QUESTION:
             continue
-        if not (labels and labels[-1] == turn["label"] == "spoken_digits"):
-            labels.append(turn["label"])
-    return labels
+        if not (heard and heard[-1] == label == "spoken_digits"):
+            heard.append(label)
+    return heard
 
 
 def _words(label: str) -> str:
@@ -39,28 +40,55 @@ def _sentence(text: str) -> Reply:
     return Reply(f"{text[0].upper()}{text[1:]}.", "normal")
 
 
-def ask(rng: Rng, turns: Sequence[dict[str, Any]], background: Collection[str] = ()) -> Question:
-    """A question about the foreground events of a stream, in time order, and the true answer.
+def ask(rng: Rng, labels: Sequence[str], background: Collection[str] = ()) -> Question:
+    """A question about the foreground events of a stream, and the true answer.
 
-    background: labels that are also heard under the events; how often, or whether, is not asked of them.
+    labels: of the events, in time order.  background: labels that are also heard under the events; how often,
+    or whether, is not asked of them.
     """
-    heard = _heard(turns)
+    text = _question(rng, _heard(labels), background)
+    reply = answer(text, labels, background)
+    assert reply is not None
+    return Question(text, reply)
+
+
+def _question(rng: Rng, heard: Sequence[str], background: Collection[str]) -> str:
     if not heard:
-        return Question("what did you hear?", _sentence("nothing special"))
+        return ANYTHING
     kind = str(rng.choice(["first", "last", "count", "whether"], p=[0.25, 0.25, 0.2, 0.3]))
     if len(set(heard)) == 1 and kind in ("first", "last"):
-        return Question("what did you hear?", _sentence(_words(heard[0])))
+        return ANYTHING
     if kind == "first":
-        return Question("what did you hear first?", _sentence(_words(heard[0])))
+        return FIRST
     if kind == "last":
-        return Question("what did you hear last?", _sentence(_words(heard[-1])))
-    clear = [label for label in heard if label not in background]
-    absent = [label for label in ABSENT if label not in heard and label not in background]
-    if not clear or (kind == "whether" and rng.random() < 0.5):
-        return Question(f"did you hear {_words(str(rng.choice(absent)))}?", Reply("No.", "normal"))
-    about = str(rng.choice(clear))
-    if kind == "count":
-        return Question(
-            f"how many times did you hear {_words(about)}?", Reply(f"{heard.count(about)}.", "normal")
-        )
-    return Question(f"did you hear {_words(about)}?", Reply("Yes.", "normal"))
+        return LAST
+    behind = {_words(label) for label in background}
+    clear = [label for label in heard if _words(label) not in behind]
+    absent = [label for label in ABSENT if label not in heard and _words(label) not in behind]
+    if absent and (not clear or (kind == "whether" and rng.random() < 0.5)):
+        return WHETHER.format(_words(str(rng.choice(absent))))
+    if not clear:
+        return FIRST
+    about = _words(str(rng.choice(clear)))
+    return (COUNT if kind == "count" else WHETHER).format(about)
+
+
+def answer(text: str, labels: Sequence[str], background: Collection[str] = ()) -> Reply | None:
+    """The true answer to a question in these words; None where it has none, or a bed may be meant."""
+    heard = [_words(label) for label in _heard(labels)]
+    if text == ANYTHING:
+        words = {*heard} or {"nothing special"}
+        return _sentence(words.pop()) if len(words) == 1 else None
+    if text in (FIRST, LAST):
+        return _sentence(heard[0 if text == FIRST else -1]) if heard else None
+    for asked in (COUNT, WHETHER):
+        before, after = asked.split("{}")
+        if text.startswith(before) and text.endswith(after):
+            about = text.removeprefix(before).removesuffix(after)
+            times = heard.count(about)
+            if about in {_words(label) for label in background}:
+                return None
+            if asked == WHETHER:
+                return Reply("Yes." if times else "No.", "normal")
+            return Reply(f"{times}.", "normal") if times else None
+    return None

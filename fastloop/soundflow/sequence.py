@@ -28,6 +28,7 @@ from .shards import Stream, Turn
 IGNORED = -100  # label of what is not learned
 EARLY, LATE = 0.1, 0.2  # chances that the history of a training sequence gives an answer too soon, too late
 LATE_CHUNKS = (0.6, 0.25, 0.15)  # by one chunk, two, three
+UNKNOWN_CHUNKS = 4  # in which an answer that nobody knows may be given
 SOON_S = 0.3  # so long before its answer is due a sound that goes on may be answered
 
 
@@ -168,14 +169,15 @@ def due_chunk(answer_s: float, chunk_s: float) -> int:
 
 def free_chunks(turns: Iterable[Turn], chunks: int, chunk_s: float) -> set[int]:
     """The chunks before the one in which an answer is due, in which it may be given already: once a word
-    has ended, or SOON_S before where a sound goes on.
+    has ended, or SOON_S before where a sound goes on. Where nobody knows the answer that is due, these and
+    UNKNOWN_CHUNKS from then on.
     """
     found: set[int] = set()
     for turn in turns:
-        if turn.answer_s is not None and turn.reply:
+        if turn.answer_s is not None:
             soon_s = turn.end_s if turn.end_s < turn.answer_s else turn.answer_s - SOON_S
-            due = min(chunks, due_chunk(turn.answer_s, chunk_s))
-            found.update(range(due_chunk(soon_s, chunk_s), due))
+            due = due_chunk(turn.answer_s, chunk_s) + (0 if turn.reply else UNKNOWN_CHUNKS)
+            found.update(range(due_chunk(soon_s, chunk_s), min(chunks, due)))
     return found
 
 

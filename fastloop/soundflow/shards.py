@@ -45,7 +45,8 @@ class ShardError(FastloopError):
 @dataclass(frozen=True)
 class Turn:
     """One sound of a stream. reply None: silence is right. answer_s: the stream time from which the answer
-    is due, None where none is. All times in seconds of the stream.
+    is due, None where none is; in a record it has a time if and only if there is a reply. All times in
+    seconds of the stream. background: it lies under what happens, and is nothing to be asked about.
     """
 
     user: str
@@ -56,6 +57,7 @@ class Turn:
     start_s: float
     end_s: float
     answer_s: float | None
+    background: bool = False
 
 
 @dataclass(frozen=True)
@@ -261,6 +263,7 @@ def _turn(values: Any, index: int) -> Turn:
         start_s=fields.seconds("start_s"),
         end_s=fields.seconds("end_s"),
         answer_s=answer_s,
+        background=reply is None and "snr_db" not in values,  # what happens has a level over all else
     )
     if turn.end_s < turn.start_s:
         raise ShardError(f"{where}end_s: {turn.end_s:g} is before start_s {turn.start_s:g}")

@@ -19,7 +19,7 @@ from fastloop.soundflow.clips import DataError, Unreadable
 from fastloop.soundflow.compose import compose
 from fastloop.soundflow.grammar import Rule
 from fastloop.soundflow.grounding import Layer, Part, Plan
-from fastloop.soundflow.questions import ask
+from fastloop.soundflow.questions import answer, ask
 from fastloop.soundflow.render import SETTLE_S, WEAKEST, audible, clip_sound, render
 from fastloop.soundflow.scenes import AUDIBLE
 from fastloop.soundflow.sequence import Reply
@@ -303,9 +303,9 @@ def test_answers_about_the_past_are_true(seed: int) -> None:
     labels = [
         str(label) for label in rng.choice(["dog", "siren", "coughing", "rooster"], int(rng.integers(0, 6)))
     ]
-    turns = [{"label": label} for label in labels]
-    turns.insert(len(turns) // 2, {"label": "question"})  # an earlier one is nothing to be asked about
-    question = ask(rng, turns, {"rooster"})
+    asked = labels.copy()
+    asked.insert(len(labels) // 2, "question")  # an earlier one is nothing to be asked about
+    question = ask(rng, asked, {"rooster"})
     said, answer = question.text, question.answer.text
     words = [sound_of(label).words for label in labels]
     if match := re.fullmatch(r"how many times did you hear (.+)\?", said):
@@ -319,10 +319,39 @@ def test_answers_about_the_past_are_true(seed: int) -> None:
 
 
 def test_a_string_of_digits_counts_as_one_sound() -> None:
-    turns = [{"label": label} for label in ["spoken_digits"] * 4 + ["dog"]]
-    counted = [ask(np.random.default_rng(seed), turns) for seed in range(60)]
+    labels = ["spoken_digits"] * 4 + ["dog"]
+    counted = [ask(np.random.default_rng(seed), labels) for seed in range(60)]
     answers = {q.answer.text for q in counted if "times" in q.text and "digits" in q.text}
     assert answers == {"1."}
+
+
+def test_what_has_no_answer_gets_none() -> None:
+    heard = ["pink_noise", "dog"]
+    assert answer("what did you hear?", heard) is None
+    assert answer("what did you hear first?", []) is None
+    assert answer("how many times did you hear a siren?", heard) is None
+    assert answer("did you hear a dog?", heard, {"dog"}) is None
+    assert answer("did you hear noise?", heard, {"white_noise"}) is None, "another sound of the same words"
+    assert answer("what is the time?", heard) is None
+
+
+@SPOKEN
+def test_a_stream_read_back_has_the_answers_it_was_composed_with(library: Library) -> None:
+    mix = default_mix(library, ["history_review"])
+    asked = 0
+    for index in range(12):
+        made = parse_stream(stream(5, index, mix, 40.0).record)
+        heard: list[str] = []
+        behind = {turn.label for turn in made.turns if turn.background}
+        for turn in made.turns:
+            if turn.label == "question":
+                told = answer(turn.user, heard, behind)
+                assert told is not None
+                assert (told.text, told.emotion) == (turn.reply, turn.emotion)
+                asked += 1
+            elif not turn.background:
+                heard.append(turn.label)
+    assert asked > 5
 
 
 @SPOKEN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,22 @@ from hypothesis import strategies as st
 
 from fastloop.config import small
 from fastloop.mel import MelState, mel_chunk
-from fastloop.soundflow.augment import Augment, augment, centres_hz, draw_tempo, mix, stretch, warp
+from fastloop.soundflow.augment import (
+    FLOOR,
+    Augment,
+    augment,
+    centres_hz,
+    draw_tempo,
+    mix,
+    ring_on,
+    stretch,
+    warp,
+)
 from fastloop.soundflow.batches import Batches, BatchPlan, cut, excerpt, played, sound_classes
 from fastloop.soundflow.features import FeatureSet, clamp, feature_set, raw_log_mel
 from fastloop.soundflow.objective import Objective, Weighting
-from fastloop.soundflow.sequence import IGNORED, due_chunk, due_replies
+from fastloop.soundflow.questions import answer
+from fastloop.soundflow.sequence import IGNORED, due_chunk, due_replies, steps_of
 from fastloop.soundflow.shards import ShardError, Stream, Turn, find_shards, parse_stream, read_streams
 from fastloop.soundflow.trainable import Trainable, causal_products, initial_weights
 from fastloop.testing.cases import byte_tokenizer, random_sound
@@ -123,6 +135,21 @@ def test_mixing_adds_powers() -> None:
     repeated = torch.cat((soft, soft, soft))[:5] - 0.7
     expected = (10.0 ** loud.double() + 10.0 ** repeated.double()).log10()
     assert relative_error(mix(loud, soft, -0.7), expected) < 16 * EPS
+
+
+@pytest.mark.parametrize("reverberation_s", [0.2, 0.6])
+def test_a_click_rings_on_in_a_room_and_decays_by_60_db(reverberation_s: float) -> None:
+    raw = torch.full((3, 40, 128), FLOOR)
+    raw[0, 10, 77] = 0.0
+    power = 10.0 ** ring_on(raw, reverberation_s, 0.5).flatten(0, 1).double()
+    click, tail = power[10, 77], power[11:, 77]
+    assert float(click) == pytest.approx(1, rel=1e-5)
+    frames = round(reverberation_s * 100) - 1
+    assert float(tail[:frames].sum()) == pytest.approx(0.5, rel=1e-4)
+    decay = -6 * (frames - 1) * 0.01 / reverberation_s  # powers of ten
+    assert float((tail[frames - 1] / tail[0]).log10()) == pytest.approx(decay, abs=0.01)
+    assert (power[:10] < 2e-10).all(), "nothing is heard before it happens"
+    assert (power[:, :77] < 2e-10).all()
 
 
 @pytest.mark.parametrize("tempo", [0.85, 1.2])
@@ -315,7 +342,6 @@ def test_an_excerpt_asks_for_nothing_that_cannot_be_known_from_it(seed: int) -> 
     for turn in stream.turns:
         heard = turn.end_s > first * 0.4 and turn.start_s < end * 0.4
         if heard and turn.answer_s is not None:
-            assert turn.label != "question"
             assert turn.start_s >= first * 0.4 - 1e-9, "its beginning, and maybe its answer, was before"
     inside = cut(stream.turns, first, end, 0.4)
     length = (end - first) * 0.4
@@ -324,6 +350,61 @@ def test_an_excerpt_asks_for_nothing_that_cannot_be_known_from_it(seed: int) -> 
         assert turn.answer_s is None or due_chunk(turn.answer_s, 0.4) < end - first
     answered = [t for t in stream.turns if t.answer_s and first <= due_chunk(t.answer_s, 0.4) < end]
     assert sum(turn.reply is not None for turn in inside) == len(answered)
+
+
+def asking_streams() -> tuple[Stream, ...]:
+    """Streams of 12 s: sounds, with rain behind some, and at the end a question."""
+    heard = (("siren", "dog"), ("dog",), ("siren", "coughing", "dog"), ("rooster",))
+    texts = ("what did you hear first?", "did you hear a siren?", "how many times did you hear a dog?",
+             "what did you hear?", "what did you hear last?")  # fmt: skip
+    streams = []
+    for i, (labels, text) in enumerate(itertools.product(heard, texts)):
+        turns = []
+        for at, label in zip((0.0, 2.0, 4.0), labels, strict=False):
+            reply, due_s = ("Siren!", at + 0.5) if label == "siren" else (None, None)
+            turns.append(Turn(label, reply, None, label, "", at, at + 1, due_s))
+        if i % 3 == 0:
+            turns.insert(0, Turn("rain", None, None, "rain", "", 0.0, 12.0, None, background=True))
+        told = answer(text, labels)
+        reply = None if told is None else told.text
+        if reply is not None:
+            turns.append(Turn(text, reply, "normal", "question", "", 8.1, 9.9, 10.02))
+        streams.append(Stream(f"s{i}", "street", "a", "b", "train", 12.0, tuple(turns)))
+    return tuple(streams)
+
+
+@pytest.mark.parametrize("excerpts", [0.0, 1.0])
+def test_what_is_asked_in_a_row_is_asked_about_the_row(excerpts: float) -> None:
+    streams = asking_streams()
+    places = tuple((30 * i, 30 * i + 30) for i in range(len(streams)))
+    features = FeatureSet(streams, places, np.zeros((30 * len(streams), 40, 128), np.float16))
+    config = small()
+    plan = BatchPlan(chunks=64, rows_s=(25.6,), excerpts=excerpts, asks=0.5)
+    batches = Batches(config, byte_tokenizer(config.decoder.vocab), features, sound_classes(streams, rare=1),
+                      seed=0, plan=plan, augment=Augment())  # fmt: skip
+    asked, unknown = 0, 0
+    for seed in range(40):
+        raw, turns = batches._row(np.random.default_rng(seed), 64, 1.0)
+        assert len(raw) == 64
+        heard: list[str] = []
+        behind = {"rain"}
+        for turn in turns:
+            if turn.label != "question":
+                heard += [turn.label] * (not turn.background)
+                behind |= {turn.label} if turn.background else set()
+                continue
+            if turn.answer_s is None:
+                continue  # due behind the row
+            true = answer(turn.user, heard, behind)
+            assert turn.reply == (None if true is None else true.text), (turn.user, heard)
+            asked += true is not None
+            unknown += true is None
+            due = due_chunk(turn.answer_s, 0.4)
+            steps = steps_of(turns, 64, 0.4)
+            if true is None:
+                assert all(step.free or step.said for step in steps[due : due + 4])
+    assert asked > 40
+    assert excerpts or unknown > 0, "streams that are joined make some questions unanswerable"
 
 
 @pytest.mark.parametrize(("balance", "share"), [(0.0, 3 / 33), (1.0, 1 / 2)])
