@@ -1,30 +1,40 @@
-"""The 3B step on a CPU beside its rival, in one process: python bench/cpu_rivals.py --precision int8
+"""The 3B step on a CPU beside its rivals, in one process: python bench/cpu_rivals.py --precision int8
 
-Rival: PyTorch with transformers' Qwen2 at the published dims, random weights, every Linear in dynamic int8
-(torch.ao.quantization.quantize_dynamic), attention by scaled_dot_product_attention over a DynamicCache; and
-the audio tower's layers in the same way. Ours: the native engine in the precision asked for (with int4 the
-encoder is int8). Calls alternate, so that what else the machine does hits both alike. The rival holds its
-weights more than once; a third of the layers and of the vocabulary (--third) fits 24 GB, at equal ratios.
+Rivals: PyTorch with transformers' Qwen2 at the published dims, random weights, every Linear in dynamic int8
+(torch.ao.quantization.quantize_dynamic), attention by scaled_dot_product_attention over a DynamicCache; the
+audio tower's layers in the same way; and, where llama-cpp-python and gguf are installed, llama.cpp at the
+same dims in Q8_0 and Q4_0, with plain or flash attention, whichever is faster. Ours: the native engine in the
+precision asked for (with int4 the encoder is int8). Calls alternate, so that what else the machine does hits
+all alike. Where memory is short, a third of the layers and of the vocabulary (--size 3b-third: 9 GB) gives
+much the same ratios.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import transformers
 from torch import nn
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
 
 from fastloop.config import ModelConfig
-from fastloop.testing.cpu_bench import CpuBench
-from fastloop.testing.timing import side_by_side
+from fastloop.testing.cpu_bench import SIZES, CpuBench
+from fastloop.testing.timing import Timing, side_by_side
 
-ROUNDS = 3
-RIVAL, OURS = "torch int8", "fastloop"
+ABSENT: str | None = None  # the module for want of which llama.cpp takes no part
+try:
+    import llama_rival
+except ModuleNotFoundError as error:
+    ABSENT = error.name
+
+OURS, TORCH = "fastloop", "torch int8"
+LLAMA = {"llama.cpp Q8_0": "Q8_0", "llama.cpp Q4_0": "Q4_0"}
 
 
 def quantised(module: nn.Module) -> nn.Module:
@@ -52,10 +62,10 @@ def language_model(config: ModelConfig) -> Qwen2ForCausalLM:
                 attn_implementation="sdpa",
             )
         )
+    holder = nn.ModuleList([model.lm_head])
+    model.lm_head = quantised(holder)[0]  # first: while it is packed, 3b takes 14 GB
     for i, layer in enumerate(model.model.layers):
         model.model.layers[i] = quantised(layer)
-    holder = nn.ModuleList([model.lm_head])
-    model.lm_head = quantised(holder)[0]
     rotary = type(model.model.rotary_emb)(model.config)
     model.model.rotary_emb = rotary
     model.model.norm.to_empty(device="cpu").weight.data.fill_(1.0)
@@ -105,36 +115,86 @@ def encoder_call(config: ModelConfig) -> Callable[[], object]:
     return call
 
 
+def llama_model(config: ModelConfig, precision: str, threads: int, room: int) -> llama_rival.LlamaModel:
+    """Random weights, by way of a file; caches of `room` positions."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.gguf"
+        llama_rival.write_model(file, config.decoder, precision)
+        return llama_rival.LlamaModel(file, threads, room)
+
+
+def of_rivals(every: dict[str, Timing]) -> dict[str, Timing]:
+    """By rival: of llama.cpp's two ways of attention the one whose best call is shorter."""
+    best: dict[str, Timing] = {}
+    for name, timing in every.items():
+        if name != OURS:
+            rival = name.removesuffix(" flash")
+            best[rival] = min(best.get(rival, timing), timing, key=lambda t: t.minimum)
+    return best
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--precision", choices=("int8", "int4"), default="int8")
-    parser.add_argument("--third", action="store_true", help="a third of the decoder's layers and vocabulary")
+    parser.add_argument("--size", choices=SIZES, default="3b")
     parser.add_argument("--contexts", default="0,1024,4096")
+    parser.add_argument("--without", choices=(TORCH, *LLAMA), action="append", default=[])
+    parser.add_argument("--rounds", type=int, default=5, help="of two calls each")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
+    contexts = sorted(map(int, given.contexts.split(",")))  # llama.cpp's caches are filled on and on
     torch.set_num_threads(given.threads)
-    ours = CpuBench("3b-third" if given.third else "3b", given.precision, given.threads)
-    config = ours.config
-    model = language_model(config)
-    rows_of = {"listening step": config.chunk_rows, "text token": 1}
+    config, versions = SIZES[given.size](), {}
+    model = None
+    if TORCH not in given.without:  # first, for the memory its packing takes
+        model = language_model(config)
+        versions[TORCH] = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    ours = CpuBench(given.size, given.precision, given.threads)
+    llama = {name: precision for name, precision in LLAMA.items() if name not in given.without}
+    if llama and ABSENT:
+        print(f"absent: {', '.join(llama)} (no module {ABSENT})", flush=True)
+        llama = {}
+    loaded = {n: llama_model(config, p, given.threads, contexts[-1] + 256) for n, p in llama.items()}
+    if loaded:
+        versions |= dict.fromkeys(loaded, f"llama-cpp-python {llama_rival.VERSION}")
     results = []
 
     def compare(name: str, context: int, calls: dict[str, Callable[[], object]]) -> None:
-        times = side_by_side(calls, ROUNDS, block=2)
-        best = {who: t.minimum * 1e3 for who, t in times.items()}
-        told = ", ".join(f"{who} {ms:.1f} ms" for who, ms in best.items())
-        print(f"{name}, context {context}: {told}: {best[RIVAL] / best[OURS]:.2f}x", flush=True)
-        results.append({"name": name, "context": context, "minimum_ms": best})
+        every = side_by_side(calls, given.rounds, block=2)
+        rivals, own = of_rivals(every), every[OURS]
+        told = [f"{name}, context {context}: {OURS} {own.median * 1e3:.1f} ({own.minimum * 1e3:.1f}) ms"]
+        told += [
+            f"{rival} {t.median * 1e3:.1f} ({t.minimum * 1e3:.1f}): "
+            f"{t.median / own.median:.2f}x ({t.minimum / own.minimum:.2f}x)"
+            for rival, t in rivals.items()
+        ]
+        print("; ".join(told), flush=True)
+        results.append(
+            {
+                "name": name,
+                "context": context,
+                "median_ms": {who: t.median * 1e3 for who, t in every.items()},
+                "minimum_ms": {who: t.minimum * 1e3 for who, t in every.items()},
+                "times_faster": {who: t.minimum / own.minimum for who, t in rivals.items()},
+            }
+        )
         if given.json:
-            given.json.write_text(json.dumps(vars(given) | {"json": None, "results": results}, indent=1))
+            told_of = vars(given) | {"json": None, "versions": versions, "results": results}
+            given.json.write_text(json.dumps(told_of, indent=1))
 
-    compare("encoder", 0, {RIVAL: encoder_call(config), OURS: ours.encoder_call(1)})
-    for context in map(int, given.contexts.split(",")):
-        for name, rows in rows_of.items():
+    print("median (minimum), and how many times ours", flush=True)
+    if model:
+        compare("encoder", 0, {TORCH: encoder_call(config), OURS: ours.encoder_call(1)})
+    for context in contexts:
+        for name, rows in {"listening step": config.chunk_rows, "text token": 1}.items():
             logits = name == "text token"
-            theirs = decoder_call(model, rows, context, logits)
-            compare(name, context, {RIVAL: theirs, OURS: ours.step_call(rows, 1, context, logits)})
+            calls: dict[str, Callable[[], object]] = {OURS: ours.step_call(rows, 1, context, logits)}
+            if model:
+                calls[TORCH] = decoder_call(model, rows, context, logits)
+            for rival, theirs in loaded.items():
+                calls |= {rival + way: call for way, call in theirs.calls(rows, context, logits).items()}
+            compare(name, context, calls)
 
 
 if __name__ == "__main__":
