@@ -38,7 +38,7 @@ struct PagedAttention {
     PagedAttention(const CudaModule& module, int dtype, int page_dtype, size_t rows, size_t sequences, size_t heads, Address q,
                    Address k_pages, Address v_pages, size_t page_tokens, size_t kv_heads, size_t head_width,
                    Address row_starts, Address block_table, size_t table_width, size_t table_stride, Address kv_lens,
-                   Address gaps, Address out, int blocks) {
+                   Address gaps, Address out, int blocks, int kernel) {
         p.struct_size = sizeof p;
         p.module = module.handle.get();
         p.dtype = dtype;
@@ -60,6 +60,7 @@ struct PagedAttention {
         p.gaps = pointer<const std::int32_t>(gaps);
         p.out = pointer<void>(out);
         p.blocks = blocks;
+        p.kernel = kernel;
     }
 
     size_t workspace() const {
@@ -136,11 +137,11 @@ void bind_cuda_ops(py::module_& cuda) {
     py::class_<PagedAttention>(cuda, "PagedAttention",
                                "fastloop_cuda_paged_attention_params: one call; its module must outlive it.")
         .def(py::init<const CudaModule&, int, int, size_t, size_t, size_t, Address, Address, Address, size_t, size_t, size_t,
-                      Address, Address, size_t, size_t, Address, Address, Address, int>(),
+                      Address, Address, size_t, size_t, Address, Address, Address, int, int>(),
              py::keep_alive<1, 2>(), arg("module"), arg("dtype"), arg("page_dtype"), arg("rows"), arg("sequences"),
              arg("heads"), arg("q"), arg("k_pages"), arg("v_pages"), arg("page_tokens"), arg("kv_heads"), arg("head_width"),
              arg("row_starts"), arg("block_table"), arg("table_width"), arg("table_stride"), arg("kv_lens"), arg("gaps"),
-             arg("out"), arg("blocks") = 0)
+             arg("out"), arg("blocks") = 0, arg("kernel") = 0)
         .def_property_readonly("workspace_bytes", &PagedAttention::workspace)
         .def("launch", &PagedAttention::launch, arg("workspace"), arg("workspace_bytes"), arg("dependent"), arg("stream"),
              "Start it on a stream.");

@@ -13,9 +13,39 @@ namespace fastloop {
 
 constexpr int kThreads = ATTENTION_THREADS, kStep = ATTENTION_STEP;
 constexpr int kTallRows = ATTENTION_TALL_ROWS, kFlatRows = ATTENTION_FLAT_ROWS;
-constexpr int kLeastFlatSteps = 2;  // what one round of copies holds (AttentionTensor's ring)
+constexpr int kLeastFlatSteps = 2;  // what one round of copies holds (the ring of TensorCores)
+constexpr float kLog2E = 1.4426950408889634f;
 
 __device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// The launch's tensors, by their types.
+template <class T, class P> struct Tensors {
+    __device__ explicit Tensors(const AttentionParams& p)
+        : q(static_cast<const T*>(p.q)), k_pages(static_cast<const P*>(p.k_pages)), v_pages(static_cast<const P*>(p.v_pages)),
+          block_table(p.block_table), row_starts(p.row_starts), kv_lens(p.kv_lens), gaps(p.gaps), out(static_cast<T*>(p.out)),
+          sums(p.sums), scales(p.scales), arrived(p.arrived), sequences(p.sequences), heads(p.heads), head(p.head),
+          page(p.page), table_stride(p.table_stride), scale(p.scale * kLog2E) {}
+
+    const T* q;
+    const P* k_pages;
+    const P* v_pages;
+    const int* block_table;
+    const int* row_starts;
+    const int* kv_lens;
+    const int* gaps;
+    T* out;
+    float* sums;
+    float* scales;
+    unsigned* arrived;
+    int sequences, heads, head, page, table_stride;
+    float scale;  // of scores, log2 e included
+};
+
+// What a sequence's slots are: written, or skipped.
+struct Slots {
+    int end, gap_begin, gap_end;
+    __device__ bool written(int slot) const { return slot < end && (slot < gap_begin || slot >= gap_end); }
+};
 
 // One piece of one tile.
 struct Piece {
@@ -41,13 +71,18 @@ __device__ __forceinline__ int steps_of(int rows, int length, int repeat, bool s
     return ceil_div(packed, tile) * ceil_div(length, kStep);
 }
 
-// For all threads of the block. `flat`: there are no tall tiles.
+// Which tiles there are: flat ones only; tall ones wherever a sequence has more rows; or that where it pays.
+enum class Tiles { FLAT, TALL, BY_WORK };
+
+// For all threads of the block, kThreads or more.
 //
 // Tall tiles read every key once, but a piece leaves up to 64 KB to be combined, at about 100 GB/s of one processor: with
 // no more than a step for each block, that would take longer than reading every key seven times (13 rows of 8 heads) from L2.
-__device__ inline void share_work(Work& work, const int* row_starts, const int* kv_lens, int sequences, int repeat, bool flat) {
+__device__ inline void share_work(Work& work, const int* row_starts, const int* kv_lens, int sequences, int repeat,
+                                  Tiles tiles) {
     const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
     const int range = ceil_div(sequences, kThreads);
+    const bool flat = tiles == Tiles::FLAT;
     int2 own = make_int2(0, 0);  // with tall tiles, and without
     for (int b = thread * range; b < min((thread + 1) * range, sequences); ++b) {
         const int rows = row_starts[b + 1] - row_starts[b], length = kv_lens[b];
@@ -59,7 +94,7 @@ __device__ inline void share_work(Work& work, const int* row_starts, const int* 
         const int2 other = make_int2(__shfl_up_sync(~0u, until.x, near), __shfl_up_sync(~0u, until.y, near));
         if (lane >= near) until = make_int2(until.x + other.x, until.y + other.y);
     }
-    if (lane == 31) work.sums[warp] = until;
+    if (lane == 31 && warp < kThreads / 32) work.sums[warp] = until;
     __syncthreads();
     int2 before = make_int2(0, 0), total = make_int2(0, 0);
     for (int w = 0; w < kThreads / 32; ++w) {
@@ -67,8 +102,9 @@ __device__ inline void share_work(Work& work, const int* row_starts, const int* 
         total = make_int2(total.x + work.sums[w].x, total.y + work.sums[w].y);
     }
     const int blocks = gridDim.x;
-    const bool spread = flat || total.x <= blocks;
-    work.begins[thread] = spread ? before.y + until.y - own.y : before.x + until.x - own.x;
+    const bool spread = flat || (tiles == Tiles::BY_WORK && total.x <= blocks);
+    if (thread < kThreads)
+        work.begins[thread] = spread ? before.y + until.y - own.y : before.x + until.x - own.x;
     if (thread == 0) {
         const int all = spread ? total.y : total.x;
         work.begins[kThreads] = all;
@@ -130,15 +166,16 @@ struct Parts {
     __device__ static int of(const Piece& piece, int block) { return 2 * block + (block == piece.first_block ? 1 : 0); }
 };
 
-// After a block has written its part: whether it is the last one of the tile. The count is 0 again then.
-__device__ inline bool is_last(const Parts& parts, const Piece& piece, int* flag) {
+// After a block has written its part: whether it is the last one of the tile. The count is 0 again then. `sync` is for all
+// threads that have written, thread 0 among them.
+template <class Sync> __device__ bool is_last(const Parts& parts, const Piece& piece, int* flag, Sync&& sync) {
     __threadfence();
-    __syncthreads();
+    sync();
     if (threadIdx.x == 0) {
         const unsigned pieces = piece.last_block - piece.first_block;
         *flag = atomicInc(parts.arrived + piece.first_block * parts.groups + parts.group, pieces) == pieces;
     }
-    __syncthreads();
+    sync();
     if (*flag) __threadfence();
     return *flag;
 }

@@ -1,5 +1,6 @@
-// What kernels for sm_90 say in PTX beyond intrinsics.cuh: clusters, mbarriers, bulk copies by tensor map (TMA), products
-// of four warps (wgmma, sm_90a). On CPUs the same words are those of tests/native/cuda_emulation/hopper.h.
+// What kernels for sm_90 say in PTX beyond intrinsics.cuh: clusters, mbarriers, named barriers, bulk copies by tensor map
+// (TMA), products of four warps (wgmma, sm_90a), registers moved between warps (sm_90a). On CPUs the same words are those of
+// tests/native/cuda_emulation/hopper.h.
 #pragma once
 
 #include "intrinsics.cuh"
@@ -63,6 +64,16 @@ __device__ __forceinline__ bool mbarrier_passed(Word* at, unsigned phase) {
 __device__ __forceinline__ void mbarrier_wait(Word* at, unsigned phase) {
     while (!mbarrier_passed(at, phase)) {
     }
+}
+
+// ---- barriers of some of a block's warps (1 to 15; 0 is __syncthreads) -------------------------------------------------
+
+// Until `threads` threads have come, those that only arrive among them.
+__device__ __forceinline__ void named_barrier_wait(int id, int threads) {
+    asm volatile("barrier.cta.sync.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void named_barrier_arrive(int id, int threads) {
+    asm volatile("barrier.cta.arrive.aligned %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // ---- bulk copies (TMA) ---------------------------------------------------------------------------------------------
@@ -143,7 +154,54 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[32], Word a, Word b) {
                  : FASTLOOP_F8(d, 0), FASTLOOP_F8(d, 8), FASTLOOP_F8(d, 16), FASTLOOP_F8(d, 24)
                  : "l"(a), "l"(b));
 }
+
+// d [64, N] (+)= a [64, 16] b [N, 16]^T of 16-bit floats; the last argument says which. `a` is in registers, as mma.sync's
+// (multiply): thread t has rows 16 (t / 32) + t % 32 / 4 and 8 behind. kFresh: d is set. kTransposed: b is stored [16, N].
+// `a` may not change, and d not be touched, before the product has been waited for.
+#define FASTLOOP_A4(a) "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3])
+#define FASTLOOP_WGMMA_64(type, kind)                                                                                     \
+    template <bool kFresh, bool kTransposed>                                                                              \
+    __device__ __forceinline__ void wgmma(float (&d)[32], const unsigned (&a)[4], Word b, type) {                         \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." kind "." kind " {%0, %1, %2, %3, %4, %5, %6, %7, %8, "  \
+                     "%9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, " \
+                     "%29, %30, %31}, {%32, %33, %34, %35}, %36, %37, 1, 1, %38;"                                         \
+                     : FASTLOOP_F8(d, 0), FASTLOOP_F8(d, 8), FASTLOOP_F8(d, 16), FASTLOOP_F8(d, 24)                       \
+                     : FASTLOOP_A4(a), "l"(b), "n"(kFresh ? 0 : 1), "n"(kTransposed ? 1 : 0));                            \
+    }
+#define FASTLOOP_WGMMA_128(type, kind)                                                                                    \
+    template <bool kFresh, bool kTransposed>                                                                              \
+    __device__ __forceinline__ void wgmma(float (&d)[64], const unsigned (&a)[4], Word b, type) {                         \
+        asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32." kind "." kind " {%0, %1, %2, %3, %4, %5, %6, %7, %8, " \
+                     "%9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, " \
+                     "%29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, "    \
+                     "%48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63}, "                  \
+                     "{%64, %65, %66, %67}, %68, %69, 1, 1, %70;"                                                         \
+                     : FASTLOOP_F8(d, 0), FASTLOOP_F8(d, 8), FASTLOOP_F8(d, 16), FASTLOOP_F8(d, 24), FASTLOOP_F8(d, 32),  \
+                       FASTLOOP_F8(d, 40), FASTLOOP_F8(d, 48), FASTLOOP_F8(d, 56)                                         \
+                     : FASTLOOP_A4(a), "l"(b), "n"(kFresh ? 0 : 1), "n"(kTransposed ? 1 : 0));                            \
+    }
+FASTLOOP_WGMMA_64(bf16, "bf16")
+FASTLOOP_WGMMA_64(f16, "f16")
+FASTLOOP_WGMMA_128(bf16, "bf16")
+FASTLOOP_WGMMA_128(f16, "f16")
+#undef FASTLOOP_WGMMA_128
+#undef FASTLOOP_WGMMA_64
+#undef FASTLOOP_A4
 #undef FASTLOOP_F8
+
+// What has been waited for: no use of d is moved in front of the wait.
+template <int count> __device__ __forceinline__ void wgmma_done(float (&d)[count]) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
+// Registers that each thread of these four warps may have from here on; of all warps of the block no more than at its start.
+template <int registers> __device__ __forceinline__ void registers_down() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(registers));
+}
+template <int registers> __device__ __forceinline__ void registers_up() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(registers));
+}
 
 #endif  // sm_90a
 
@@ -160,6 +218,14 @@ namespace fastloop {
 __device__ __forceinline__ Word wgmma_tile(const void* tile, unsigned column_bytes) {
     constexpr Word LAYOUT_128B = 1ull << 62, ROWS_8 = (1024ull >> 4) << 32, UNUSED = 1ull << 16;
     return LAYOUT_128B | ROWS_8 | UNUSED | ((shared_address(tile) + column_bytes) & 0x3ffff) >> 4;
+}
+
+// The same tile as a transposed operand: 16 of its rows from `row` (a multiple of 8) on are the depth, its 64 columns the
+// operand's rows; the next 64 are `next_bytes` behind.
+__device__ __forceinline__ Word wgmma_tile_transposed(const void* tile, unsigned row, unsigned next_bytes) {
+    constexpr Word LAYOUT_128B = 1ull << 62, ROWS_8 = (1024ull >> 4) << 32;
+    return LAYOUT_128B | ROWS_8 | static_cast<Word>(next_bytes >> 4) << 16 |
+           ((shared_address(tile) + row * 128) & 0x3ffff) >> 4;
 }
 
 }  // namespace fastloop

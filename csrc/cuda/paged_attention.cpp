@@ -1,5 +1,5 @@
-// The host side of paged_attention on NVIDIA GPUs: which kernel of paged_attention.cu, and how many blocks. Not how the work is
-// shared: that is computed on the device, so that a captured launch serves every context.
+// The host side of paged_attention on NVIDIA GPUs: which kernel of paged_attention.cu or paged_attention_wgmma.cuh, and how many
+// blocks. Not how the work is shared: that is computed on the device, so that a captured launch serves every context.
 #include "paged_attention.h"
 
 #include <algorithm>
@@ -66,6 +66,37 @@ void check_pointers(const Params& p) {
     addressable(WHERE, "block_table", p.sequences, p.table_stride, sizeof(int32_t));
 }
 
+// What the kernels by wgmma are compiled for. A box of their loads is up to 64 slots of one page, in tiles that begin at
+// multiples of 8 rows; slots of the pool are counted in 32 bits, which are 275 GB at the least.
+bool wgmma_takes(const Params& p, const Device& device) {
+    const bool page = p.page_tokens % 64 == 0 || p.page_tokens == 8 || p.page_tokens == 16 || p.page_tokens == 32;
+    return device.major == 9 && p.dtype == p.page_dtype && p.dtype != FASTLOOP_CUDA_FLOAT32 && page &&
+           (p.head_width == 64 || p.head_width == 128);
+}
+
+// Where products bind, and neither bytes nor latency. mma.sync takes 130 us for 64 sequences of 104 packed rows (new rows x
+// query heads of a KV head) at 4k, as many more as there are rows; the bytes take 78 at 80 % of the read rate
+// (bench/NOTES.md): from 64 rows on products are slower. The kernels by wgmma have tiles of 128 rows only: with few sequences
+// a long context is cut into pieces of 53 KB for one processor to add up, and flat tiles are faster.
+bool batch_of_listeners(const Params& p) {
+    constexpr size_t SEQUENCES = 8, PACKED_ROWS = 64;  // on average
+    return p.sequences >= SEQUENCES && p.rows * (p.heads / p.kv_heads) >= PACKED_ROWS * p.sequences;
+}
+
+bool use_wgmma(const Params& p, const Device& device) {
+    switch (p.kernel) {
+        case FASTLOOP_CUDA_ATTENTION_BY_SHAPE: return batch_of_listeners(p) && wgmma_takes(p, device);
+        case FASTLOOP_CUDA_ATTENTION_MMA: return false;
+        case FASTLOOP_CUDA_ATTENTION_WGMMA:
+            if (!wgmma_takes(p, device))
+                fail(FASTLOOP_UNSUPPORTED, "%s: the kernels by wgmma are for sm_90 (this GPU is sm_%d%d), pages of q's 16 bits, "
+                     "of 8, 16, 32 or a multiple of 64 tokens (got %zu), and heads 64 or 128 wide (got %zu)", WHERE, device.major,
+                     device.minor, p.page_tokens, p.head_width);
+            return true;
+        default: fail(FASTLOOP_BAD_ARGUMENT, "%s: kernel is %d; choose from fastloop_cuda_attention", WHERE, p.kernel);
+    }
+}
+
 struct Plan {
     unsigned blocks;  // of a KV head
     size_t scale_bytes, sum_bytes;
@@ -110,6 +141,31 @@ AttentionParams kernel_params(const Params& p, const Plan& plan) {
     return k;
 }
 
+// The pages as a matrix: slots of the pool are rows, of which nobody says how many there are.
+TensorMap map_of(const Params& p, const char* what, const void* pages) {
+    const size_t width = p.kv_heads * p.head_width;
+    return tensor_map((std::string(WHERE) + ": " + what).c_str(),
+                      {p.dtype == FASTLOOP_CUDA_BFLOAT16 ? TensorType::BFLOAT16 : TensorType::FLOAT16, 2, pages, INT_MAX, width,
+                       width * 2, static_cast<unsigned>(std::min<size_t>(p.page_tokens, ATTENTION_STEP)), 64,
+                       Swizzle::BYTES_128});
+}
+
+void launch(Module& module, const Params& p, const Plan& plan) {
+    const char* const head = p.head_width <= 64 ? "_64" : "_128";
+    Shape shape{{plan.blocks, static_cast<unsigned>(p.kv_heads), 1}, ATTENTION_THREADS, ATTENTION_SHARED_BYTES, 1,
+                p.dependent != 0 && module.device().major >= 9};
+    if (use_wgmma(p, module.device())) {
+        shape.threads = ATTENTION_WGMMA_THREADS;
+        shape.shared_bytes = ATTENTION_WGMMA_SHARED_BYTES;
+        const std::string name = std::string("paged_attention_wgmma_") + name_of(WHERE, p.dtype) + head;
+        module.launch(name.c_str(), shape, p.stream, map_of(p, "k_pages", p.k_pages), map_of(p, "v_pages", p.v_pages),
+                      kernel_params(p, plan));
+    } else {
+        const std::string name = std::string("paged_attention_") + name_of(WHERE, p.dtype) + "_" + name_of(WHERE, p.page_dtype);
+        module.launch((name + head).c_str(), shape, p.stream, kernel_params(p, plan));
+    }
+}
+
 }  // namespace
 }  // namespace fastloop::cuda
 
@@ -127,11 +183,7 @@ extern "C" fastloop_status fastloop_cuda_paged_attention(const fastloop_cuda_pag
         if (p.workspace_bytes < plan.bytes())
             fail(FASTLOOP_BAD_ARGUMENT, "%s: workspace of %zu bytes, %zu are needed (fastloop_cuda_paged_attention_workspace)",
                  cuda::WHERE, p.workspace_bytes, plan.bytes());
-        const std::string name = std::string("paged_attention_") + cuda::name_of(cuda::WHERE, p.dtype) + "_" +
-                                 cuda::name_of(cuda::WHERE, p.page_dtype) + (p.head_width <= 64 ? "_64" : "_128");
-        const cuda::Shape shape{{plan.blocks, static_cast<unsigned>(p.kv_heads), 1}, ATTENTION_THREADS,
-                                ATTENTION_SHARED_BYTES, 1, p.dependent != 0 && module.device().major >= 9};
-        module.launch(name.c_str(), shape, p.stream, cuda::kernel_params(p, plan));
+        cuda::launch(module, p, plan);
     });
 }
 

@@ -13,35 +13,12 @@
 #include "paged_attention.h"
 
 #include "attention_work.cuh"
+#include "paged_attention_wgmma.cuh"
 
 namespace fastloop {
 namespace {
 
 constexpr int kRing = 4;  // steps of keys and values in shared memory
-constexpr float kLog2E = 1.4426950408889634f;
-
-// The launch's tensors, by their types.
-template <class T, class P> struct Tensors {
-    __device__ explicit Tensors(const AttentionParams& p)
-        : q(static_cast<const T*>(p.q)), k_pages(static_cast<const P*>(p.k_pages)), v_pages(static_cast<const P*>(p.v_pages)),
-          block_table(p.block_table), row_starts(p.row_starts), kv_lens(p.kv_lens), gaps(p.gaps), out(static_cast<T*>(p.out)),
-          sums(p.sums), scales(p.scales), arrived(p.arrived), sequences(p.sequences), heads(p.heads), head(p.head),
-          page(p.page), table_stride(p.table_stride), scale(p.scale * kLog2E) {}
-
-    const T* q;
-    const P* k_pages;
-    const P* v_pages;
-    const int* block_table;
-    const int* row_starts;
-    const int* kv_lens;
-    const int* gaps;
-    T* out;
-    float* sums;
-    float* scales;
-    unsigned* arrived;
-    int sequences, heads, head, page, table_stride;
-    float scale;  // of scores, log2 e included
-};
 
 // Keys and values: rows of `kHead` elements, whose 16-byte pieces are exchanged so that 8 rows of a column lie in 8 banks.
 template <int kBytes> __device__ __forceinline__ int swizzled(int row, int piece) {
@@ -49,12 +26,6 @@ template <int kBytes> __device__ __forceinline__ int swizzled(int row, int piece
     if constexpr (kPieces >= 8) return piece ^ (row & 7);
     else return piece ^ (row / (8 / kPieces) & (kPieces - 1));
 }
-
-// What a sequence's slots are: written, or skipped.
-struct Slots {
-    int end, gap_begin, gap_end;
-    __device__ bool written(int slot) const { return slot < end && (slot < gap_begin || slot >= gap_end); }
-};
 
 template <class T, class P, int kHead> struct TensorCores {
     static constexpr int kRowBytes = kHead * static_cast<int>(sizeof(P));
@@ -284,7 +255,7 @@ template <class T, class P, int kHead> struct TensorCores {
         } else {
             merge(r, piece, parts, first_row);
         }
-        if (!piece.whole && is_last(parts, piece, flag))
+        if (!piece.whole && is_last(parts, piece, flag, [] { __syncthreads(); }))
             combine<T>(parts, piece, reinterpret_cast<float*>(ring), t.out, t.heads, repeat, first_row);
         __syncthreads();
     }
@@ -416,7 +387,7 @@ template <class P, int kHead> struct Scalar {
             if (!piece.whole && j == 0) *reinterpret_cast<float2*>(parts.scale(piece.part, row)) = make_float2(most, total);
         }
         __syncthreads();
-        if (!piece.whole && is_last(parts, piece, flag))
+        if (!piece.whole && is_last(parts, piece, flag, [] { __syncthreads(); }))
             combine<float>(parts, piece, reinterpret_cast<float*>(ring), t.out, t.heads, repeat, first_row);
         __syncthreads();
     }
@@ -429,7 +400,7 @@ template <class T, class P, int kHead> __device__ void attend_all(const Tensors<
     const int repeat = t.heads / static_cast<int>(gridDim.y);
     let_next_kernel_start();
     wait_for_previous_kernel();
-    share_work(work, t.row_starts, t.kv_lens, t.sequences, repeat, kFlat);
+    share_work(work, t.row_starts, t.kv_lens, t.sequences, repeat, kFlat ? Tiles::FLAT : Tiles::BY_WORK);
     const int end = min((static_cast<int>(blockIdx.x) + 1) * work.share, work.total);
     const Parts parts{t.sums, t.scales, t.arrived, static_cast<int>(gridDim.y), static_cast<int>(blockIdx.y), t.head};
     for (int at = blockIdx.x * work.share; at < end;) {

@@ -11,6 +11,12 @@ constexpr int ATTENTION_TALL_ROWS = 128;  // packed rows of a tile
 constexpr int ATTENTION_FLAT_ROWS = 16;   // the same, where there are few
 constexpr int ATTENTION_STEP = 64;        // slots that work is counted in
 
+// paged_attention_wgmma_*: two groups of four warps that multiply, then one that loads.
+constexpr int ATTENTION_WGMMA_THREADS = 384;
+constexpr int ATTENTION_WGMMA_RING_BYTES = 224 * 1024;  // of keys and values: 7 steps of heads of 128, 14 of 64
+constexpr int ATTENTION_WGMMA_BARRIERS = 5;             // of a step in the ring
+constexpr int ATTENTION_WGMMA_SHARED_BYTES = ATTENTION_WGMMA_RING_BYTES + ATTENTION_WGMMA_BARRIERS * 14 * 8;
+
 struct AttentionParams {
     const void* q;          // [rows, heads, head]
     const void* k_pages;    // [pages, page, KV heads, head]

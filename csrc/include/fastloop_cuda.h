@@ -120,6 +120,13 @@ typedef struct fastloop_cuda_mel_params {
 } fastloop_cuda_mel_params;
 FASTLOOP_API fastloop_status fastloop_cuda_mel(const fastloop_cuda_mel_params* params);
 
+/* Which kernels of paged_attention take a call: those by wgmma are made for batches of listeners on sm_90. */
+typedef enum fastloop_cuda_attention {
+    FASTLOOP_CUDA_ATTENTION_BY_SHAPE = 0,
+    FASTLOOP_CUDA_ATTENTION_MMA = 1, /* all that is served */
+    FASTLOOP_CUDA_ATTENTION_WGMMA = 2 /* sm_90, pages of dtype, 16 bits, K of 64 or 128, Q of 8, 16, 32 or a multiple of 64 */
+} fastloop_cuda_attention;
+
 /* dtype and page_dtype: float32 with pages of float32 or bfloat16, bfloat16 with bfloat16 or float8, float16 with float16.
  * K is a multiple of 8 (16 where pages are float8) up to 128. A launch reads the lengths on the device: a captured one
  * serves every context that the block table has columns for. */
@@ -142,6 +149,7 @@ typedef struct fastloop_cuda_paged_attention_params {
     int32_t blocks;                 /* that share the work of a KV head, at most 256; 0: by the size of the device */
     int32_t dependent;
     void* stream;
+    int32_t kernel;                 /* fastloop_cuda_attention */
 } fastloop_cuda_paged_attention_params;
 FASTLOOP_API fastloop_status fastloop_cuda_paged_attention(const fastloop_cuda_paged_attention_params* params);
 FASTLOOP_API fastloop_status fastloop_cuda_paged_attention_workspace(const fastloop_cuda_paged_attention_params* params,

@@ -38,6 +38,9 @@ PAGES = {  # paged_attention: q's dtype -> those of the pages
 }
 
 
+ATTENTION = ("by shape", "mma", "wgmma")  # paged_attention's kernels, in fastloop_cuda_attention's order
+
+
 @dataclass(frozen=True)
 class Gpu:
     """One device as the launches see it: its kernels, its stream, its scratch memory."""
@@ -267,6 +270,7 @@ def paged_attention_cuda(
     kv_lens: Tensor,
     gaps: Tensor,
     blocks: int = 0,
+    kernel: str = "by shape",
 ) -> Tensor:
     """`paged_attention_ref` on a GPU (csrc/cuda/paged_attention.cu): q [N, H, K], pages [P, Q, G, K],
     block_table int32 [B, M], row_starts int32 [B + 1], kv_lens int32 [B], gaps int32 [B, 2] -> [N, H, K] in
@@ -276,7 +280,11 @@ def paged_attention_cuda(
     (without tensor cores); K is a multiple of 8 (16 for float8) up to 128. Equal inputs give equal bits.
 
     blocks: that share the work of a KV head, for tuning; 0 leaves it to the size of the device.
+    kernel: one of ATTENTION, for tests and benchmarks; "wgmma" is for batches of listeners on sm_90, with
+    pages in q's 16 bits, of 8, 16, 32 or a multiple of 64 tokens, and K of 64 or 128.
     """
+    if kernel not in ATTENTION:
+        raise ValueError(f"paged_attention: kernel must be one of {', '.join(ATTENTION)}, got {kernel!r}")
     check_paged_attention(q, k_pages, v_pages, block_table, row_starts, kv_lens, gaps)
     home = gpu_of(
         "paged_attention", q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table,
@@ -310,6 +318,7 @@ def paged_attention_cuda(
         gaps=address(gaps),
         out=address(out),
         blocks=blocks,
+        kernel=ATTENTION.index(kernel),
     )
     _launch(home, "paged_attention", call)
     return out

@@ -45,6 +45,17 @@ def struct(fields: str, *values: Any) -> bytes:
     return packed + bytes(-len(packed) % 8)
 
 
+def slots_map(pages: Tensor) -> bytes:
+    """A tensor map of [slots, KV heads x head], boxes of up to 64 slots of a page and 64 columns, swizzled,
+    as the host makes it (csrc/cuda/paged_attention.cpp) and tensor_map.h keeps it.
+    """
+    count, page, groups, head = pages.shape
+    magic = int.from_bytes(b"tensor!!", "big")
+    width = groups * head
+    fields = struct("QPQQQIIII", magic, pages, width, count * page, 2 * width, 64, min(page, 64), 2, 3)
+    return fields.ljust(128, b"\0")
+
+
 def bound(op: str, args: tuple[Any, ...], named: dict[str, Any]) -> list[Any]:
     """A call of an op as [its tensors, in the order of the op's arguments and of the kernel's struct, the
     others...].
@@ -61,7 +72,8 @@ class Kernels:
     """Calls of the ops, with their arguments, as launches of the kernels.
 
     seed: of the order of threads; blocks: of a grid, or of a team, that may have any size; resident: clusters
-    that run at the same time; held: whether sample keeps its logits in shared memory.
+    that run at the same time; held: whether sample keeps its logits in shared memory; wgmma: whether
+    paged_attention runs the kernels for batches of listeners.
     """
 
     emulation: ModuleType
@@ -69,6 +81,7 @@ class Kernels:
     blocks: int = 3
     resident: int = 2
     held: bool = True
+    wgmma: bool = False
     libraries: dict[str, Any] = field(default_factory=dict)
 
     def launch(
@@ -98,12 +111,19 @@ class Kernels:
         sums, scales = (poisoned(2 * self.blocks, groups, 128, width) for width in (head, 2))
         arrived = torch.zeros(self.blocks, groups, dtype=torch.int32)
         out = poisoned(*q.shape, dtype=q.dtype)
-        kernel = f"paged_attention_{NAMES[q.dtype]}_{NAMES[k_pages.dtype]}_{64 if head <= 64 else 128}"
+        names = NAMES[q.dtype], NAMES[k_pages.dtype], str(64 if head <= 64 else 128)
         params = struct(
             "PPPPPPPPPPPiiiiif", *tensors, out, sums, scales, arrived, len(kv_lens), heads, head, page,
             block_table.stride(0), head**-0.5,
         )  # fmt: skip
-        self.launch(kernel, [self.blocks, groups], 256, params, shared=128 * 1024)
+        if self.wgmma:
+            assert names[0] == names[1] and head in (64, 128)
+            maps = [slots_map(pages) for pages in tensors[1:3]]
+            kernel = f"paged_attention_wgmma_{names[0]}_{names[2]}"
+            self.launch(kernel, [self.blocks, groups], 384, *maps, params, shared=224 * 1024 + 560)
+        else:
+            kernel = "_".join(("paged_attention", *names))
+            self.launch(kernel, [self.blocks, groups], 256, params, shared=128 * 1024)
         assert not arrived.any()
         return out
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -118,6 +119,75 @@ def test_paged_attention_of_other_dtypes(
 ) -> None:
     launch = check_launch("paged_attention", attention(dtype=dtype, page_dtype=pages, head_width=128))
     assert launch["launch"].endswith("_128")
+
+
+def listeners(sequences: int = 8, rows: int = 13, **sizes: Any) -> Case:
+    """A batch as the kernels by wgmma are made for: `rows` new rows of 8 query heads for each KV head."""
+    shape = {"heads": 8, "kv_heads": 1, "head_width": 64, "page": 64, "gaps": [(0, 0)] * sequences}
+    lens = [rows + 9 * b for b in range(sequences)]
+    return attention(rows=[rows] * sequences, lens=lens, **shape | sizes)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "wgmma"),
+    [
+        ({}, True),
+        ({"dtype": torch.float16, "page": 16}, True),
+        ({"heads": 16, "kv_heads": 2, "head_width": 128, "page": 128}, True),
+        ({"rows": 8}, True),
+        ({"rows": 7}, False),  # 56 packed rows: bytes bind
+        ({"sequences": 7}, False),  # few sequences: latency binds
+        ({"heads": 4}, False),
+        ({"page": 24}, False),  # and what it is not compiled for
+        ({"page": 4}, False),
+        ({"head_width": 32}, False),
+        ({"page_dtype": torch.float8_e4m3fn}, False),
+    ],
+)
+def test_batches_of_listeners_have_kernels_of_their_own(
+    check_launch: Callable[..., dict[str, Any]], driver: Any, gpu: Any, sizes: dict[str, Any], wgmma: bool
+) -> None:
+    """By the shape alone, and on sm_90."""
+    for major in (9, 8):
+        gpu.modules.clear()
+        driver.device(major, processors=3)
+        launch = check_launch("paged_attention", listeners(**sizes))
+        assert launch["launch"].startswith("paged_attention_wgmma_") == (wgmma and major == 9)
+        assert launch["block"] == [384 if wgmma and major == 9 else 256, 1, 1]
+        assert launch["grid"] == [3 // sizes.get("kv_heads", 1), sizes.get("kv_heads", 1), 1]
+
+
+@pytest.mark.parametrize("kernel", ["mma", "wgmma"])
+@pytest.mark.parametrize("sequences", [2, 9])
+def test_a_call_may_say_which_kernel(gpu: Any, driver: Any, kernel: str, sequences: int) -> None:
+    found = compare(Attention(kernel), listeners(sequences))
+    assert found.ok, found.problem
+    (launch,) = driver.launches()
+    assert ("wgmma" in launch["launch"]) == (kernel == "wgmma")
+
+
+@dataclass
+class Attention:
+    """paged_attention by one kernel, as fastloop.testing calls implementations."""
+
+    kernel: str
+    op: str = "paged_attention"
+
+    def __call__(self, **arguments: Any) -> Tensor:
+        return cuda.paged_attention_cuda(**arguments, kernel=self.kernel)
+
+
+def test_which_kernel_must_be_one_that_takes_the_call(gpu: Any, driver: Any) -> None:
+    def call(kernel: str, **sizes: Any) -> Callable[[], Tensor]:
+        return lambda: cuda.paged_attention_cuda(**listeners(**sizes).arguments, kernel=kernel)
+
+    refused(call("cutlass"), "must be one of by shape, mma, wgmma, got 'cutlass'")
+    for sizes in ({"page": 24}, {"head_width": 32}, {"dtype": torch.float32}):
+        refused(call("wgmma", **sizes), "by wgmma are for sm_90")
+    gpu.modules.clear()
+    driver.device(8)
+    refused(call("wgmma"), r"this GPU is sm_80")
+    assert not driver.launches()
 
 
 def test_calls_of_all_sizes_share_a_workspace(

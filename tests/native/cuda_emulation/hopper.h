@@ -45,10 +45,18 @@ inline void tensor_copy(void* to, const void* map, int column, int row, uint64_t
         }
 }
 
+// Where the left side of a product comes from: a descriptor, or the fragments of the four lanes that share two rows.
+struct Left {
+    uint64_t descriptor = 0;
+    const uint32_t* fragments[4] = {};
+};
 struct Product {
     float* sums;
     unsigned columns;
-    uint64_t left, right;
+    Left left;
+    uint64_t right;
+    bool fresh, transposed;
+    float (*widen)(uint16_t);
 };
 struct Products {
     std::vector<Product> open;
@@ -58,34 +66,50 @@ struct Products {
 };
 inline std::map<const Fiber*, Products> products;
 
-inline float element(uint64_t descriptor, unsigned row, unsigned column) {
+// Element `column` of the depth of row `row` of an operand; transposed: its rows are columns of what is stored.
+inline uint16_t element(uint64_t descriptor, unsigned row, unsigned column, bool transposed) {
     if (descriptor >> 62 != 1) machine->fail("wgmma: a descriptor without the 128-byte swizzle");
-    const uint64_t start = (descriptor & 0x3fff) << 4, eight_rows = (descriptor >> 32 & 0x3fff) << 4;
-    const uint64_t place = swizzled_128(start + row / 8 * eight_rows + row % 8 * 128 + column * 2);
+    if (descriptor >> 49 & 7) machine->fail("wgmma: a descriptor with a base offset");
+    const uint64_t start = (descriptor & 0x3fff) << 4, eight = (descriptor >> 32 & 0x3fff) << 4;
+    const uint64_t next = (descriptor >> 16 & 0x3fff) << 4;  // 64 columns, where these are the operand's rows
+    const uint64_t place = swizzled_128(
+        start + (transposed ? column / 8 * eight + column % 8 * 128 + row / 64 * next + row % 64 * 2
+                            : row / 8 * eight + row % 8 * 128 + column * 2));
     const auto* at = fiber().block->shared + place;
     check_shared(at, 2, 2, "wgmma");
     uint16_t bits;
     memcpy(&bits, at, 2);
-    return widen_bf16(bits);
+    return bits;
 }
 
-inline void wgmma_start(float* sums, unsigned columns, uint64_t left, uint64_t right) {
+inline void wgmma_start(const Product& product) {
     Products& own = products[&fiber()];
-    if (own.pending[sums]++ == 0) {
-        own.held[sums].assign(sums, sums + columns / 2);
-        for (unsigned i = 0; i < columns / 2; ++i) sums[i] = std::numeric_limits<float>::quiet_NaN();
+    if (own.pending[product.sums]++ == 0) {
+        own.held[product.sums].assign(product.sums, product.sums + product.columns / 2);
+        for (unsigned i = 0; i < product.columns / 2; ++i) product.sums[i] = std::numeric_limits<float>::quiet_NaN();
     }
-    own.open.push_back({sums, columns, left, right});
+    own.open.push_back(product);
 }
 inline void wgmma_perform(Products& own, const Product& p) {
     auto& sums = own.held[p.sums];
-    const unsigned thread = fiber().number % 128;
-    for (unsigned i = 0; i < p.columns / 2; ++i) {
-        const unsigned row = 16 * (thread / 32) + thread % 32 / 4 + 8 * (i / 2 % 2);
-        const unsigned column = 8 * (i / 4) + 2 * (thread % 4) + i % 2;
-        double sum = sums[i];
-        for (unsigned k = 0; k < 16; ++k) sum += double(element(p.left, row, k)) * element(p.right, column, k);
-        sums[i] = float(sum);
+    const unsigned thread = fiber().number % 128, lane = thread % 32;
+    double left[2][16];  // rows 16 (thread / 32) + lane / 4, and 8 behind
+    for (unsigned j = 0; j < 2; ++j)
+        for (unsigned k = 0; k < 16; ++k) {
+            const uint32_t* const fragment = p.left.fragments[k % 8 / 2];
+            left[j][k] = p.widen(fragment ? static_cast<uint16_t>(fragment[k / 8 * 2 + j] >> 16 * (k % 2))
+                                          : element(p.left.descriptor, 16 * (thread / 32) + lane / 4 + 8 * j, k, false));
+        }
+    for (unsigned i = 0; i < p.columns / 4; ++i) {
+        const unsigned column = 8 * (i / 2) + 2 * (thread % 4) + i % 2, at = i / 2 * 4 + i % 2;
+        double sum[2] = {p.fresh ? 0 : sums[at], p.fresh ? 0 : sums[at + 2]};
+        for (unsigned k = 0; k < 16; ++k) {
+            const double right = p.widen(element(p.right, column, k, p.transposed));
+            sum[0] += left[0][k] * right;
+            sum[1] += left[1][k] * right;
+        }
+        sums[at] = float(sum[0]);
+        sums[at + 2] = float(sum[1]);
     }
     if (--own.pending[p.sums] == 0) std::copy(sums.begin(), sums.end(), p.sums);
 }
@@ -122,6 +146,14 @@ using cuda_emulation::mbarrier_wait;
 inline unsigned shared_address(const void* at) { return static_cast<unsigned>(cuda_emulation::own_address(at)); }
 inline void mbarrier_init_fence() {}
 inline void async_proxy_fence() {}
+inline void named_barrier_wait(int id, int threads) {
+    cuda_emulation::named_barrier(static_cast<unsigned>(id), static_cast<unsigned>(threads));
+}
+inline void named_barrier_arrive(int id, int threads) {
+    cuda_emulation::named_barrier_arrive(static_cast<unsigned>(id), static_cast<unsigned>(threads));
+}
+template <int> void registers_down() { __syncwarp(); }
+template <int> void registers_up() { __syncwarp(); }
 inline Word evict_first() { return 0; }
 inline Word evict_last() { return 0; }
 inline void prefetch_tensor_map(const TensorMap*) {}
@@ -131,8 +163,21 @@ inline void tensor_copy(void* to, const TensorMap* map, int column, int row, Wor
 // These are instructions of whole warps: no lane is past one before all have come to it.
 inline void wgmma_fence() { __syncwarp(); }
 template <int count> void wgmma_bf16(float (&d)[count], Word a, Word b) {
-    cuda_emulation::wgmma_start(d, 2 * count, a, b);
+    cuda_emulation::wgmma_start({d, 2 * count, {a, {}}, b, false, false, cuda_emulation::widen_bf16});
 }
+inline float (*wgmma_widen(bf16))(uint16_t) { return cuda_emulation::widen_bf16; }
+inline float (*wgmma_widen(f16))(uint16_t) { return cuda_emulation::widen_f16; }
+// What `a` holds is read when the product happens: it may not have changed until then.
+template <bool kFresh, bool kTransposed, int count, class T>
+void wgmma(float (&d)[count], const unsigned (&a)[4], Word b, T type) {
+    const unsigned* own = a;
+    const auto* all = cuda_emulation::exchange(~0u, &own, sizeof own);
+    cuda_emulation::Left left;
+    for (unsigned t = 0; t < 4; ++t)
+        memcpy(&left.fragments[t], all[cuda_emulation::lane() / 4 * 4 + t], sizeof own);
+    cuda_emulation::wgmma_start({d, 2 * count, left, b, kFresh, kTransposed, wgmma_widen(type)});
+}
+template <int count> void wgmma_done(float (&)[count]) {}
 inline void wgmma_commit() {
     __syncwarp();
     auto& own = cuda_emulation::products[&cuda_emulation::fiber()];

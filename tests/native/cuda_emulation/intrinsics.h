@@ -84,6 +84,12 @@ inline void mma_m16n8k16_f16(float (&d)[4], const uint32_t (&a)[4], const uint32
 
 // Named barriers: threads of the block, a multiple of 32.
 inline void named_barrier(unsigned id, unsigned threads) { cuda_emulation_barrier(id, threads); }
+// Counts as a thread that has come to it, and goes on.
+inline void named_barrier_arrive(unsigned id, unsigned threads) {
+    auto& block = *fiber().block;
+    if (id == 0 || id >= 16 || threads % 32 || threads > block.threads) machine->fail("barrier %u of %u threads", id, threads);
+    machine->arrive(block.barriers[id], threads);
+}
 
 // Clusters.
 inline unsigned cluster_rank() { return fiber().block->rank; }
