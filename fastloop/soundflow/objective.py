@@ -31,7 +31,8 @@ LOSSES = ("total", "control", "text", "heard", "recognised", "silent_right", "re
 class Batch(NamedTuple):
     """frames float32 [N, F, C], the chunks of all rows in order; ids, labels int64 [B, T]; audio bool
     [B, T], true at the slots of the audio tokens, N x A of them; active bool [N, A, K]: which of the K
-    classes are heard under each audio token.
+    classes are heard under each audio token; digits bool [B, T]: the decisions where digits are to be
+    written.
     """
 
     frames: Tensor
@@ -39,6 +40,7 @@ class Batch(NamedTuple):
     labels: Tensor
     audio: Tensor
     active: Tensor
+    digits: Tensor
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(tensor.to(device) for tensor in self))
@@ -55,7 +57,10 @@ def collate(frames: Tensor, active: Tensor, sequences: Sequence[TokenSequence], 
 
     ids = stack([s.ids for s in sequences], fill)
     labels = stack([s.labels for s in sequences], IGNORED)
-    return Batch(frames, ids, labels, stack([s.audio for s in sequences], False), active)
+    audio, digits = (
+        stack(rows, False) for rows in ([s.audio for s in sequences], [s.digits for s in sequences])
+    )
+    return Batch(frames, ids, labels, audio, active, digits)
 
 
 @dataclass(frozen=True)
@@ -64,13 +69,15 @@ class Weighting:
 
     silence_weight: how much more than a missed answer one too many costs. A decision is right at
     p(respond) > silence_weight / (1 + silence_weight) of what the data says; the model learns odds that are
-    so much lower, and decides at 0.5 all the same.
+    so much lower, and decides at 0.5 all the same.  digits_weight: how much more than other missed answers
+    digits cost that are not written.
     """
 
     text_weight: float = 1.0
     control_weight: float = 1.0  # lambda
     probe_weight: float = 0.0
     silence_weight: float = 1.0
+    digits_weight: float = 1.0
 
 
 class Objective(nn.Module):
@@ -104,8 +111,7 @@ class Objective(nn.Module):
         speaks = learned & ~decides
         logits = decoder.logits(before[decides])[:, [t.keep_silence, t.text_begin]].float()
         respond = (labels[decides] == t.text_begin).long()
-        costs = logits.new_tensor([self.weighting.silence_weight, 1.0])
-        control = F.cross_entropy(logits, respond, weight=costs)
+        control = self._control(logits, respond, batch.digits[:, 1:][decides])
         text = F.cross_entropy(decoder.logits(before[speaks]).float(), labels[speaks], reduction="sum")
         text = text / speaks.sum().clamp(min=1)
         w = self.weighting
@@ -116,6 +122,15 @@ class Objective(nn.Module):
         shares = right[respond == 0].mean(), right[respond == 1].mean()
         parts = (control, text, heard, recognised, *shares)
         return torch.stack([total, *(part.detach().float() for part in parts)])
+
+    def _control(self, logits: Tensor, respond: Tensor, digits: Tensor) -> Tensor:
+        """Mean cross-entropy of decisions, each by what an error costs; logits [N, 2], respond int64 [N],
+        digits bool [N]: an answer that is digits.
+        """
+        w = self.weighting
+        costs = logits.new_tensor([w.silence_weight, 1.0])[respond] * (1 + digits * (w.digits_weight - 1))
+        losses = F.cross_entropy(logits, respond, reduction="none")
+        return (costs * losses).sum() / costs.sum()
 
     def _probes(self, tokens: Tensor, hidden: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
         """Binary cross-entropies of the two probes, summed over the classes; tokens, hidden [N A, D], active

@@ -134,7 +134,7 @@ def read_tokens(path: Path, audio_token: int | None = None) -> Iterator[TokenSeq
         tokens = torch.tensor(ids)
         if audio_token is not None and bool((tokens[audio] != audio_token).any()):
             raise DataError(f"{where}: audio_pos covers ids other than {audio_token}")
-        yield TokenSequence(tokens, torch.tensor(labels), audio)
+        yield TokenSequence(tokens, torch.tensor(labels), audio, torch.zeros_like(audio))
 
 
 def offline_sequence(
@@ -156,4 +156,5 @@ def offline_sequence(
     answer = [*tokenizer.encode(sample.assistant), t.text_end]
     labels = [IGNORED] * (len(ids) - 2) + ids[-2:] + answer
     tokens = torch.tensor(ids + answer)
-    return TokenSequence(tokens, torch.tensor(labels), tokens == t.audio_pad)
+    audio = tokens == t.audio_pad
+    return TokenSequence(tokens, torch.tensor(labels), audio, torch.zeros_like(audio))

@@ -53,11 +53,14 @@ class Step:
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """ids, labels int64 [T]; audio bool [T]: the slots the audio tokens fill, A a chunk, in order."""
+    """ids, labels int64 [T]; audio bool [T]: the slots the audio tokens fill, A a chunk, in order; digits
+    bool [T]: the decisions where digits are to be written.
+    """
 
     ids: Tensor
     labels: Tensor
     audio: Tensor
+    digits: Tensor
 
 
 def plan(
@@ -146,7 +149,7 @@ def build(
     """One online stream of len(steps) chunks -> its tokens and labels."""
     t = config.tokens
     ids = prefix_ids(config, tokenizer, "online", system_prompt)
-    labels = [IGNORED] * len(ids)
+    labels, digits = [IGNORED] * len(ids), [False] * len(ids)
     listen = listening_ids(config)
     for step in steps:
         ids += listen
@@ -154,12 +157,14 @@ def build(
         ids.append(t.keep_silence if step.said is None else t.text_begin)
         right = t.keep_silence if step.wanted is None else t.text_begin
         labels.append(IGNORED if step.free else right)
+        digits += [False] * len(listen) + [step.wanted is not None and written(step.wanted.text)]
         if step.said is not None:
             spoken = reply_ids(config, tokenizer, step.said)
             ids += spoken
             labels += spoken if step.said == step.wanted else [IGNORED] * len(spoken)
+            digits += [False] * len(spoken)
     tokens = torch.tensor(ids)
-    return TokenSequence(tokens, torch.tensor(labels), tokens == t.audio_pad)
+    return TokenSequence(tokens, torch.tensor(labels), tokens == t.audio_pad, torch.tensor(digits))
 
 
 def due_chunk(answer_s: float, chunk_s: float) -> int:

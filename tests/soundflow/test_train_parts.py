@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,7 +234,11 @@ def test_replies_that_fall_due_together_are_joined_or_wait() -> None:
 
 
 def make_batches(directory: Path, seed: int = 0, **options: Any) -> Batches:
+    """Batches of two streams; what is to be said in the second one is a digit."""
     features = feature_set([two_streams(directory)], "train", 40, directory / "cache", print)
+    one, (bed, siren) = features.streams[0], features.streams[1].turns
+    digit = replace(siren, reply="4", emotion=None)
+    features = replace(features, streams=(one, replace(features.streams[1], turns=(bed, digit))))
     plan = BatchPlan(chunks=24, rows_s=(4.8,), **options)
     classes = sound_classes(features.streams, rare=1)
     settings = Augment(gain_db=(-10, 0), mix=0.5)
@@ -254,7 +259,7 @@ def test_a_batch_depends_on_seed_and_number_alone(tmp_path: Path) -> None:
 
 def test_a_batch_holds_what_the_protocol_says(tmp_path: Path) -> None:
     batches, config = make_batches(tmp_path), small()
-    batch = batches[0]
+    batch = batches[4]
     t = config.tokens
     assert batch.frames.shape == (24, 40, 128)
     assert int(batch.audio.sum()) == 24 * config.chunk_tokens
@@ -262,6 +267,8 @@ def test_a_batch_holds_what_the_protocol_says(tmp_path: Path) -> None:
     decides = batch.ids[:, :-1] == t.assistant
     assert int(decides.sum()) == 24
     assert set(batch.labels[:, 1:][decides].tolist()) <= {t.keep_silence, t.text_begin, IGNORED}
+    assert batch.digits.any()
+    assert set(batch.labels[batch.digits].tolist()) <= {t.text_begin, IGNORED}
     assert (batch.labels[batch.audio] == IGNORED).all()
     assert batch.active.shape == (24, config.chunk_tokens, len(batches.classes))
     siren_s = float(batch.active[..., batches.classes["siren"]].sum()) * 0.04
@@ -269,15 +276,15 @@ def test_a_batch_holds_what_the_protocol_says(tmp_path: Path) -> None:
 
 
 def test_the_loss_is_its_definition_word_for_word(tmp_path: Path) -> None:
-    config, batch = small(), make_batches(tmp_path)[0]
+    config, batch = small(), make_batches(tmp_path)[4]
     model = Trainable(config, initial_weights(config, 0), classes=1)
-    weighting = Weighting(text_weight=0.5, control_weight=2.0, probe_weight=0.0)
+    weighting = Weighting(text_weight=0.5, control_weight=2.0, silence_weight=3.0, digits_weight=1.7)
     total, control, text, *_ = Objective(model, weighting)(batch).tolist()
     encoder, decoder = model.stages()
     t = config.tokens
     tokens = encoder.encode(batch.frames).reshape(-1, config.decoder.width)
     x, used = decoder.embed(batch.ids.flatten()).view(*batch.ids.shape, -1).clone(), 0
-    controls, texts = [], []
+    controls, costs, texts = [], [], []
     for b in range(len(x)):
         for i in range(x.shape[1]):
             if batch.audio[b, i]:
@@ -289,11 +296,14 @@ def test_the_loss_is_its_definition_word_for_word(tmp_path: Path) -> None:
                 continue
             if batch.ids[b, i - 1] == t.assistant:
                 pair = logits[i - 1, [t.keep_silence, t.text_begin]]
-                controls.append(-F.log_softmax(pair, 0)[int(label == t.text_begin)])
+                cost = 3.0 if label == t.keep_silence else 1.7 if batch.digits[b, i] else 1.0
+                costs.append(cost)
+                controls.append(-cost * F.log_softmax(pair, 0)[int(label == t.text_begin)])
             else:
                 texts.append(-F.log_softmax(logits[i - 1], 0)[label])
     assert used == len(tokens)
-    means = [torch.stack(values).mean().item() for values in (controls, texts)]
+    assert {3.0, 1.7, 1.0} == set(costs)
+    means = [torch.stack(controls).sum().item() / sum(costs), torch.stack(texts).mean().item()]
     bound = 1e3 * EPS  # two layers of float32 products of width 64, in another order
     assert abs(control - means[0]) < bound * means[0]
     assert abs(text - means[1]) < bound * means[1]
@@ -301,7 +311,7 @@ def test_the_loss_is_its_definition_word_for_word(tmp_path: Path) -> None:
 
 
 def test_the_keys_of_the_encoder_never_get_a_bias(tmp_path: Path) -> None:
-    config, batch = small(), make_batches(tmp_path)[0]
+    config, batch = small(), make_batches(tmp_path)[4]
     objective = Objective(
         Trainable(config, initial_weights(config, 0), classes=1), Weighting(probe_weight=1.0)
     )
