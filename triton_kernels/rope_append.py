@@ -33,8 +33,9 @@ def cos_sin(angle):
     |r| <= pi/4; the first terms left out are r^10 / 10! = 2.5e-8 and r^11 / 11! = 1.8e-9.
     """
     nearest = tl.floor(angle * 0.6366197723675814 + 0.5)  # 2 / pi
-    r = tl.fma(nearest, -1.5707963267948966, angle)
-    r = tl.fma(nearest, -6.123233995736766e-17, r).to(tl.float32)
+    # Typed: `fma` of triton 3.6 takes a bare number for a float32.
+    high, low = tl.full((), -1.5707963267948966, tl.float64), tl.full((), -6.123233995736766e-17, tl.float64)
+    r = tl.fma(nearest, low, tl.fma(nearest, high, angle)).to(tl.float32)
     return _quarter(r, nearest.to(tl.int64) & 3)
 
 
