@@ -162,6 +162,29 @@ def test_a_program_that_is_stopped_has_said_what_it_said(monkeypatch: pytest.Mon
     assert finished([sys.executable, "-c", "import sys; print(1); sys.exit(3)"], 60) == (3, "1\n")
 
 
+def test_suites_find_the_kernels_where_nothing_is_installed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """-S leaves out how this checkout is installed, if it is; what pytest needs is named."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    tests, process, module = (
+        *(importlib.import_module(f"gpu.{name}") for name in ("tests", "process")),
+        load(),
+    )
+    report = tmp_path / "report.xml"
+    python, *rest = tests.command(
+        ["tests/triton/test_tuning.py", "--ignore=tests/triton/test_mel.py"], report
+    )
+    assert f"--ignore={tests.ROOT}/tests/triton/test_mel.py" in rest
+    site = os.pathsep.join(p for p in sys.path if p.endswith("-packages"))
+    environment = module.environment(tmp_path)
+    environment["PYTHONPATH"] = os.pathsep.join([environment["PYTHONPATH"], site])
+    code, said = process.finished([python, "-S", *rest], 300, environment, folder=tmp_path)
+    assert code == 0 and "PASSED" in said, said[-2000:]
+    code, said = process.finished([python, "-S", *rest], 300, environment)
+    assert code and "No module named 'fastloop.triton_kernels'" in said, "the folder makes no difference"
+
+
 def test_a_suite_that_is_stopped_counts_by_its_lines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     tests, record = (importlib.import_module(f"gpu.{name}") for name in ("tests", "record"))
