@@ -37,6 +37,7 @@ from .runner import Runner
 from .runners import kv_dtype, kv_layout, make_runner
 from .sequences import Sequences, StepItem
 from .session import Session
+from .snapshot import SnapshotState
 from .stats import Counters
 from .steps import Steps
 
@@ -125,7 +126,10 @@ class Engine:
 
     def restore(self, data: bytes) -> Session:
         """Open the session of a snapshot taken from the same model. SnapshotError, CapacityError."""
-        state = snapshot.parse(data, self.model)
+        return self.restore_state(snapshot.parse(data, self.model))
+
+    def restore_state(self, state: SnapshotState) -> Session:
+        """`restore` of a parsed snapshot, whose tensors may lie on the engine's device already."""
         with self._step_lock:
             session = self._admit(state.config)
             try:
