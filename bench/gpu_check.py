@@ -37,13 +37,14 @@ SECTIONS = {
     "build": 85,
     "parity": 50,
     "ceilings": 20,
-    "ops": 60,
-    "steps": 50,
-    "rivals": 65,
-    "engine": 40,
-    "batches": 45,
-    "tests": 80,
-    "sanitizer": 40,
+    "ops": 50,
+    "steps": 45,
+    "rivals": 60,
+    "engine": 35,
+    "live": 60,
+    "batches": 35,
+    "tests": 60,
+    "sanitizer": 35,
     "tune": 240,
 }
 BUDGET_S = 535  # of all but `tune`
@@ -62,6 +63,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, help=f"seconds for everything (default {BUDGET_S})")
     parser.add_argument("--tune", action="store_true", help="also measure block sizes, write their table")
     parser.add_argument("--dry-run", action="store_true", help="the whole program on the CPU with tiny sizes")
+    parser.add_argument("--commit", help="of these sources, where no git can tell it")
     parser.add_argument("--child", metavar="SECTION", help=argparse.SUPPRESS)
     parser.add_argument("--limit", type=float, default=60, help=argparse.SUPPRESS)
     parser.add_argument("--parts", type=Path, help=argparse.SUPPRESS)
@@ -85,10 +87,13 @@ def parent(chosen: argparse.Namespace, parts: Path) -> int:
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "dry_run": chosen.dry_run,
+        "machine": {},  # as the first section saw it: device, versions, commit
         "sections": {},
     }
 
     def tell(name: str, found: dict[str, Any]) -> None:
+        machine = found.get("values", {}).pop("machine", {})
+        results["machine"] = results["machine"] or machine
         results["sections"][name] = found
         results["seconds"] = round(time.monotonic() - began, 1)
         write(results, chosen.out)
@@ -117,6 +122,7 @@ def section(
     """
     command = [sys.executable, __file__, "--out", str(chosen.out), "--parts", str(parts), "--child", name]
     command += ["--limit", str(limit), *(["--dry-run"] if chosen.dry_run else [])]
+    command += ["--commit", chosen.commit] if chosen.commit else []
     began, log = time.monotonic(), parts / f"{name}.log"
 
     def found(status: str) -> dict[str, Any]:
@@ -199,8 +205,7 @@ def child(chosen: argparse.Namespace) -> int:
         ceilings={name: known[name] for name in ("read", "copy", "matmul")} if "matmul" in known else {},
     )
     record = Record(chosen.parts / f"{chosen.child}.json")
-    if chosen.child == "build":
-        record.put(**describe(context.device))
+    record.put(machine=describe(context.device) | ({"commit": chosen.commit} if chosen.commit else {}))
     with Telemetry() as telemetry, dry_blocks(chosen.dry_run):
         try:
             importlib.import_module(f"gpu.{chosen.child}").run(context, record)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,10 +22,10 @@ pytest.importorskip("triton", reason="triton is not installed")
 SCRIPT = Path(__file__).resolve().parents[1] / "bench" / "gpu_check.py"
 
 
-def run(out: Path, *options: str) -> tuple[int, dict[str, Any], str]:
+def run(out: Path, *options: str, script: Path = SCRIPT) -> tuple[int, dict[str, Any], str]:
     """Exit code, the JSON, the table."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, str(SCRIPT), "--out", str(out), *options]
+    command = [sys.executable, str(script), "--out", str(out), *options]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     found = out / "gpu_check.json"
     assert found.exists(), done.stderr[-2000:]
@@ -38,7 +39,8 @@ def test_the_whole_program_without_a_gpu(tmp_path: Path) -> None:
     logs = {name: s.get("log", s.get("problems")) for name, s in sections.items() if s["status"] != "ok"}
     assert code == 0 and not logs, logs
     assert set(sections) == set(load().SECTIONS)
-    for name in ("ops", "steps", "engine", "batches", "rivals"):
+    assert results["machine"]["commit"] and results["machine"]["device"] and results["date"]
+    for name in ("ops", "steps", "engine", "live", "batches", "rivals"):
         assert sections[name]["lines"], name
         for line in sections[name]["lines"]:
             assert (line["median_us"] > 0 and line["name"] in table) or line["name"][:45] in table
@@ -59,6 +61,43 @@ def test_a_section_that_fails_is_named_and_the_others_run(tmp_path: Path) -> Non
     assert [s["status"] for s in results["sections"].values()] == ["failed", "failed"]
     assert "sees no GPU" in results["sections"]["ops"]["log"]
     assert table.count("PROBLEM") == 2
+
+
+FAKES = {  # section -> what its process does
+    "build": "raise ValueError('wrong')",
+    "parity": "record.line('half', 'triton', 1e-3); os.abort()",
+    "ceilings": "os._exit(0)",
+    "ops": "record.put(half=1); raise SystemExit(0)",
+    "steps": "record.line('whole', 'triton', 1e-3)",
+}
+
+
+def test_whatever_a_section_does_the_next_ones_run(tmp_path: Path) -> None:
+    """In a checkout of links whose sections are fakes: they raise, crash, leave; what they wrote is kept, and
+    every result has device, date, commit and command.
+    """
+    root, out = tmp_path / "root", tmp_path / "out"
+    (root / "bench").mkdir(parents=True)
+    for link in ("fastloop", "triton_kernels", "csrc"):
+        (root / link).symlink_to(SCRIPT.parents[1] / link)
+    shutil.copytree(SCRIPT.parent / "gpu", root / "bench" / "gpu")
+    script = Path(shutil.copy(SCRIPT, root / "bench"))
+    for name, body in FAKES.items():
+        text = f"import os\n\n\ndef run(context, record):\n    {body}\n"
+        (root / "bench" / "gpu" / f"{name}.py").write_text(text)
+    chosen = [word for name in FAKES for word in ("--section", name)]
+    code, results, table = run(out, "--dry-run", "--commit", "abc123", *chosen, script=script)
+    sections = results["sections"]
+    status = {name: found["status"] for name, found in sections.items()}
+    assert code == 1
+    assert status == dict(zip(FAKES, ("failed", "failed", "ok", "ok", "ok"), strict=True))
+    assert sections["build"]["problems"] == ["ValueError: wrong"]
+    assert [line["name"] for line in sections["parity"]["lines"]] == ["half"]
+    assert sections["ops"]["values"]["half"] == 1 and sections["steps"]["lines"]
+    assert "whole" in table and "half" in table and table.count("PROBLEM") == 2
+    machine = results["machine"]
+    assert machine["commit"] == "abc123" and machine["device"] and machine["versions"]["torch"]
+    assert "commit abc123" in table and results["date"] in table and "--commit abc123" in results["command"]
 
 
 def load() -> ModuleType:
@@ -98,7 +137,7 @@ def section(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Section:
         monkeypatch.setattr(module, "__file__", str(source))
         monkeypatch.setattr(module, "environment", lambda parts: dict(os.environ))
         monkeypatch.setattr(module, "TELL_S", 0.2)
-        chosen = module.argparse.Namespace(out=tmp_path, dry_run=False)
+        chosen = module.argparse.Namespace(out=tmp_path, dry_run=False, commit=None)
         found = module.section("ops", limit, chosen, tmp_path, lambda name, now: told.append(now))
         for text in module.problems({"sections": {"ops": found}}):
             found.setdefault("told", []).append(text)

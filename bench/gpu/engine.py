@@ -1,4 +1,5 @@
-"""The engine itself, captured: one session's decisions from push to poll, and its text tokens, three ways.
+"""The engine itself, captured: one session's decisions from push to poll, and its text tokens, three ways;
+and whether memory grows over 10,000 steps.
 
 step by step      each step's results are read before the next one is planned
 ahead             a step waits behind the one that runs; the host reads one step late
@@ -8,20 +9,19 @@ loop              the whole reply is one graph with a WHILE node; the host reads
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 
 import torch
 
 from fastloop.checkpoint import Model
 from fastloop.config import ConfigError, small
-from fastloop.decoder import decoder_shapes
-from fastloop.encoder import encoder_shapes
 from fastloop.engine import Engine, Session
 from fastloop.options import DecisionPolicy, EngineConfig, Sampling, SessionConfig
-from fastloop.testing.cases import byte_tokenizer, random_sound
+from fastloop.testing.cases import random_sound
 from fastloop.testing.timing import Timing
 
-from .model import backend, random_weights
+from .model import backend, whole_model
 from .record import Context, Record
 
 VARIANTS = {
@@ -32,8 +32,14 @@ VARIANTS = {
 SILENT = SessionConfig(policy=DecisionPolicy(threshold=1.0))
 
 
+GROWTH_STEPS = 10_000
+GROWTH_BYTES = 1 << 20  # the smallest block, 512 bytes, left behind by each step would be more than 4 MB
+
+
 def run(context: Context, record: Record) -> None:
-    """Lines: decision and text token of each variant. All must say the same and give all memory back."""
+    """Lines: decision and text token of each variant. All must say the same and give all memory back. Values:
+    what memory grew by.
+    """
     model, said = random_model(context), {}
     for name, config in VARIANTS.items():
         if context.left_s < 6:
@@ -50,6 +56,45 @@ def run(context: Context, record: Record) -> None:
             record.put(**{f"{name}_text": str(error)})
     if len({tuple(text) for text in said.values()}) > 1:
         record.problem(f"the variants say different things: {said}"[:800])
+    _growth(context, record)
+
+
+def _growth(context: Context, record: Record) -> None:
+    """Many steps of a small model; its sessions listen, answer, forget their oldest sound and are closed."""
+    model = whole_model(small(layers=1), context.device, context.dtype)
+    wanted = 60 if context.dry else GROWTH_STEPS
+    before = _allocated(context)
+    with ours(context), Engine(model, EngineConfig(runner="captured", max_sessions=4)) as engine:
+        policy = DecisionPolicy(0.0, min_gap_s=2.0)
+        options = SessionConfig(policy=policy, sampling=Sampling(1.0), max_response_tokens=20, window_s=4.0)
+        sessions = [engine.open(options) for _ in range(4)]
+        pcm, held = random_sound(model.config.chunk_seconds), (0, 0)
+        for round_ in range(wanted):
+            for session in sessions:
+                session.push(pcm)
+            engine.run_until_idle()
+            for session in sessions:
+                session.poll()
+            if round_ % 30 == 29:
+                sessions.pop(0).close()
+                sessions.append(engine.open(options))
+            done = engine.counters.steps
+            if not held[0] and done >= wanted // 10:
+                held = done, _allocated(context)
+            if done >= wanted or context.left_s < 4:
+                break
+        grown = _allocated(context) - held[1] if held[0] else 0
+        record.put(growth_steps=done, growth_from_step=held[0], growth_bytes=grown)
+        record.put(growth_text=f"{grown} bytes over {done} steps")
+        if grown > GROWTH_BYTES:
+            record.problem(f"memory grew by {grown} bytes from step {held[0]} to step {done}")
+        engine.close()
+        engine.check()
+    if engine.cache.allocator.used:
+        record.problem(f"{engine.cache.allocator.used} pages are held after closing all sessions")
+    del engine, sessions, session
+    gc.collect()
+    record.put(left_behind_bytes=_allocated(context) - before)
 
 
 def ours(context: Context) -> contextlib.AbstractContextManager[None]:
@@ -60,9 +105,7 @@ def ours(context: Context) -> contextlib.AbstractContextManager[None]:
 def random_model(context: Context) -> Model:
     """Random weights over a byte tokenizer; a dry run's dims have a vocabulary of bytes at least."""
     config = small(layers=1) if context.dry else context.config
-    shapes = encoder_shapes(config) | decoder_shapes(config)
-    weights = random_weights(shapes, context.device, context.dtype)
-    return Model(config, weights, byte_tokenizer(config.decoder.vocab))
+    return whole_model(config, context.device, context.dtype)
 
 
 def _variant(name: str, engine: Engine, context: Context, record: Record) -> list[str]:

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("torch", "triton", "transformers", "numpy", "flash-attn", "flashinfer-python", "nvidia-ml-py")
+PACKAGES = (
+    *("torch", "triton", "transformers", "numpy", "cupy-cuda13x", "cuda-bindings", "nvidia-ml-py"),
+    *("flash-attn", "flashinfer-python"),
+)
 INTERVAL_S = 0.1
 
 

@@ -12,12 +12,14 @@ import torch
 from torch import Tensor
 
 from fastloop import ops, stored
-from fastloop.config import MEL_BINS
+from fastloop.checkpoint import Model
+from fastloop.config import MEL_BINS, ModelConfig
 from fastloop.decoder import Decoder, StepRows, decoder_shapes
 from fastloop.encoder import Encoder, encoder_shapes
 from fastloop.mel import MelState, mel_chunk
 from fastloop.ops import dispatch
 from fastloop.quantise import QUANTISERS, Quantised
+from fastloop.testing.cases import byte_tokenizer
 
 from .record import Context
 
@@ -53,6 +55,12 @@ def random_weights(shapes: dict[str, tuple[int, ...]], device: str, dtype: torch
             value = value * math.prod(shape[1:]) ** -0.5
         weights[name] = value.to(dtype)
     return weights
+
+
+def whole_model(config: ModelConfig, device: str, dtype: torch.dtype) -> Model:
+    """A model of random weights over a byte tokenizer, made on its device."""
+    weights = random_weights(encoder_shapes(config) | decoder_shapes(config), device, dtype)
+    return Model(config, weights, byte_tokenizer(config.decoder.vocab))
 
 
 # One of each a process, shared by all that is timed: (part, dims, precision) -> it.

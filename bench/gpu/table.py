@@ -19,10 +19,10 @@ def table(lines: list[dict[str, Any]]) -> list[str]:
 def page(results: dict[str, Any], problems: list[str]) -> str:
     """Everything on one page: machine, sections, ceilings, the lines of each section, ratios, problems."""
     sections = results["sections"]
-    about = sections.get("build", {}).get("values", {})
+    about, dry = results["machine"], "DRY RUN: tiny sizes on the CPU, no figure means anything"
     rows = [
-        f"{about.get('device', 'device unknown')}, {results['date']}, commit {about.get('commit', '')[:12]}"
-        f"{' (DRY RUN: tiny sizes on the CPU, no figure means anything)' if results['dry_run'] else ''}",
+        f"{about.get('device', 'device unknown')}, {results['date']}, "
+        f"commit {about.get('commit') or 'unknown'}{f' ({dry})' if results['dry_run'] else ''}",
         f"versions: {about.get('versions')}",
         f"command: {results['command']}",
         "",

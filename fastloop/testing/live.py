@@ -2,6 +2,7 @@
 decisions?
 
     populate(engine, load, count) -> sessions with full windows
+    warm_up(engine, sessions, load)      where first calls are slow
     run_live(engine, sessions, load) -> LiveReport
 
 Time is the engine's clock, so a test can run a minute of it in no time.
@@ -128,6 +129,17 @@ def run_live(
     return _Live(engine, sessions, load, sleep).run()
 
 
+def warm_up(
+    engine: Engine, sessions: Sequence[Session], load: Load, sleep: Callable[[float], object] = time.sleep
+) -> None:
+    """Few sessions, then more, then all, four chunks each: what is captured or compiled at a first call is
+    there afterwards.
+    """
+    brief = dataclasses.replace(load, seconds=4 * engine.model.config.chunk_seconds)
+    for share in (0.02, 0.1, 0.4, 1.0):
+        run_live(engine, sessions[: max(1, round(share * len(sessions)))], brief, sleep)
+
+
 class _Live:
     def __init__(
         self, engine: Engine, sessions: Sequence[Session], load: Load, sleep: Callable[[float], object]
@@ -147,6 +159,9 @@ class _Live:
         self.active: set[int] = set()  # those with chunks that wait, or a response
 
     def run(self) -> LiveReport:
+        self.engine.run_until_idle()  # what a run before this one has left
+        for session in self.sessions:
+            session.poll()
         clock, counters = self.engine.clock, self.engine.counters
         steps, tokens, start = counters.steps, counters.text_tokens, clock()
         end = start + self.load.seconds
@@ -159,6 +174,7 @@ class _Live:
             if not worked:
                 coming = min(start + self.due[0][0] if self.due else end, end)
                 self.sleep(min(max(coming - after, IDLE_S / 100), IDLE_S))
+        self._arrive(start, clock())  # during the last step
         self._finish(clock(), start)
         self.report.steps = counters.steps - steps
         self.report.tokens = counters.text_tokens - tokens

@@ -12,7 +12,7 @@ from fastloop.config import small
 from fastloop.engine import Engine
 from fastloop.options import EngineConfig
 from fastloop.testing.cases import random_model
-from fastloop.testing.live import Load, populate, run_live
+from fastloop.testing.live import Load, populate, run_live, warm_up
 
 CHUNK_S = 0.4
 
@@ -104,3 +104,15 @@ def test_chunks_that_find_the_queue_full_are_missed(model: Model) -> None:
     load = Load(seconds=60.0, window_s=2.0, speculative_chunks=1)
     told = run_live(engine, populate(engine, load, 8), load, clock.sleep).summary()
     assert told["refused"] > 0 and told["missed"] >= told["refused"]
+
+
+def test_a_run_starts_where_nothing_is_left_of_the_one_before(model: Model) -> None:
+    """Warm-ups end in the middle of responses, with chunks in the queue; none of it is counted again."""
+    engine, clock = engine_of(model, 0.05, runner="captured")
+    load = Load(seconds=1.2, window_s=2.0, responding=0.3, tokens=30)
+    sessions = populate(engine, load, 8)
+    warm_up(engine, sessions, load, clock.sleep)
+    assert any(session.responding or not session.idle for session in sessions)
+    report = run_live(engine, sessions, load, clock.sleep)
+    assert len(report.latencies) + report.undecided == 8 * 3
+    assert all(0 < latency < 1.2 for latency in report.latencies)
