@@ -150,7 +150,7 @@ class _Live:
         self.chunk_s = config.chunk_seconds
         self.sound = random_sound(2 * self.chunk_s, load.seed + 1)[: config.chunk_samples]
         phases = np.random.default_rng(load.seed).uniform(0, self.chunk_s, len(sessions))
-        rounds = range(int(load.seconds / self.chunk_s))
+        rounds = range(int(load.seconds / self.chunk_s + 1e-9))
         due = [(float(phase) + k * self.chunk_s, i) for i, phase in enumerate(phases) for k in rounds]
         self.due = deque(sorted(due))
         self.arrived: list[deque[float]] = [deque() for _ in sessions]
