@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from gpu.goals import verdicts
 from gpu.table import page
 
 BEGAN = time.monotonic()  # before torch is imported: a section's limit counts from here
@@ -95,6 +96,7 @@ def parent(chosen: argparse.Namespace, parts: Path) -> int:
         machine = found.get("values", {}).pop("machine", {})
         results["machine"] = results["machine"] or machine
         results["sections"][name] = found
+        results["goals"] = verdicts(results["sections"]) if not chosen.dry_run else []
         results["seconds"] = round(time.monotonic() - began, 1)
         write(results, chosen.out)
 

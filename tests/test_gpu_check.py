@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -45,9 +46,21 @@ def test_the_whole_program_without_a_gpu(tmp_path: Path) -> None:
         for line in sections[name]["lines"]:
             assert (line["median_us"] > 0 and line["name"] in table) or line["name"][:45] in table
     assert {line["name"] for line in sections["ops"]["lines"]} > {"decide", "rope_append"}
+    steps = {re.sub(r"\d+", "N", line["name"]) for line in sections["steps"]["lines"]}
+    assert steps >= {"decision at N, host to host", "text token at N", "mel, N stream", "encoder, N chunk"}
+    assert any(re.fullmatch(r"decision at \d+: torch \+ graph / ours", r) for r in ratios(sections["rivals"]))
+    assert any(
+        re.fullmatch(r"decision after \d+ s: published loop / ours", r) for r in ratios(sections["rivals"])
+    )
+    assert sections["engine"]["values"]["growth_steps"] >= 60 and sections["live"]["values"]["runs"]
     assert len(sections["parity"]["values"]["errors"]) > 8
     assert "DRY RUN" in table and "no problems" in table
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dry_run.json", "gpu_check.json", "gpu_check.txt"]
+
+
+def ratios(section: dict[str, Any]) -> dict[str, float]:
+    found: dict[str, float] = section["values"]["ratios"]
+    return found
 
 
 def test_a_section_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
@@ -118,6 +131,58 @@ def test_the_sections_fit_the_budget_and_are_files() -> None:
     for name in module.SECTIONS:
         assert (SCRIPT.parent / "gpu" / f"{name}.py").is_file()
     assert sum(module.SECTIONS.values()) - module.SECTIONS["tune"] == module.BUDGET_S < 9 * 60
+
+
+def test_goals_are_judged_by_lines_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each goal is met by a run just within it, missed just beyond, and told as not measured without it."""
+    from torch import bfloat16
+
+    from fastloop.config import published_3b
+
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    goals, shapes = (importlib.import_module(f"gpu.{name}") for name in ("goals", "shapes"))
+
+    def line(name: str, variant: str, ms: float, rate: float | None = None) -> dict[str, Any]:
+        return {"name": name, "variant": variant, "median_us": 1e3 * ms, "gb_per_s": rate}
+
+    def sections(better: float) -> dict[str, Any]:
+        """better > 1: a run that much within every limit."""
+        rivals = {"decision at 1024: torch + graph / ours": 1.5 * better}
+        rivals |= {"decision at 4096: torch + graph / ours": 9.0}
+        rivals |= {"decision after 60 s: published loop / ours": 20 * better}
+        live = {"latency_ms": {"p99": 100 / better}, "missed": round(1 / better), "seconds": 59.5 * better}
+        small, large = live | {"sessions": 10, "missed": 9}, live | {"sessions": 2000, "missed": 9}
+        steps = [line(goals.DECISION, "triton", 2.1 / better), line(goals.DECISION, "graph", 1e-9)]
+        steps += [
+            line(goals.DECISION, "triton, fp8", 1.2 / better),
+            line(goals.TOKEN, "triton", 1.7 / better),
+        ]
+        steps += [line(goals.TOKEN, "triton, fp8, fp8 KV", 0.95 / better), line(goals.TOKEN, "triton", 5.0)]
+        steps += [line("mel, 1 stream", "triton", 0.05 / better)]
+        steps += [line("encoder, 1 chunk", "triton", 0.5 / better)]
+        shares = {
+            f"linear decoder {n}, 13 rows": s for n, s in dict(gate_up=87, down=87, qkv=50, out=50).items()
+        }
+        shares["paged_attention, 64 x 13 rows at 4096"] = 80
+        ops = [line(name, "cuda", 1.0, 40 * share * better) for name, share in shares.items()]
+        ops += [line("paged_attention, 1 x 13 rows at 1024", "triton", 0.006 / better)]
+        assert {x["name"] for x in ops} <= {
+            s.name for s in shapes.shapes(published_3b(), bfloat16, dry=False)
+        }
+        return {
+            "ceilings": {"values": {"read": 4e12}},
+            "steps": {"lines": steps},
+            "ops": {"lines": ops},
+            "rivals": {"values": {"ratios": rivals}},
+            "live": {"values": {"runs": [small, live | {"sessions": 1000}, large]}},
+            "engine": {"values": {"growth_bytes": round(1 / better), "growth_steps": 10_000 * better}},
+        }
+
+    assert [told["goal"] for told in goals.verdicts(sections(2.5)) if told["met"] is not True] == []
+    assert [told["goal"] for told in goals.verdicts(sections(0.99)) if told["met"] is not False] == []
+    assert {told["met"] for told in goals.verdicts({})} == {None}
+    assert sum("not measured" in row for row in goals.rows({})) == len(goals.GOALS)
+    assert sum(row.endswith("NOT MET") for row in goals.rows(sections(0.99))) == len(goals.GOALS)
 
 
 Section = Callable[[str, float], tuple[dict[str, Any], list[dict[str, Any]]]]

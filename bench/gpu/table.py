@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from .goals import rows as goal_rows
+
 
 def table(lines: list[dict[str, Any]]) -> list[str]:
     """Timed lines, in their order."""
@@ -37,5 +39,7 @@ def page(results: dict[str, Any], problems: list[str]) -> str:
             rows += ["", f"== {name}", *table(content["lines"])]
         ratios = content.get("values", {}).get("ratios", {})
         rows += [f"{key:66}{value:8.2f} x" for key, value in ratios.items()]
+    if not results["dry_run"]:
+        rows += ["", "== what must hold on an H200 at the 3B dims", *goal_rows(sections)]
     rows += ["", *(f"PROBLEM {text}" for text in problems)] if problems else ["", "no problems"]
     return "\n".join(rows) + "\n"
