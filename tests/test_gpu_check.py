@@ -48,19 +48,12 @@ def test_the_whole_program_without_a_gpu(tmp_path: Path) -> None:
     assert {line["name"] for line in sections["ops"]["lines"]} > {"decide", "rope_append"}
     steps = {re.sub(r"\d+", "N", line["name"]) for line in sections["steps"]["lines"]}
     assert steps >= {"decision at N, host to host", "text token at N", "mel, N stream", "encoder, N chunk"}
-    assert any(re.fullmatch(r"decision at \d+: torch \+ graph / ours", r) for r in ratios(sections["rivals"]))
-    assert any(
-        re.fullmatch(r"decision after \d+ s: published loop / ours", r) for r in ratios(sections["rivals"])
-    )
+    rivals = {re.sub(r"\d+", "N", name) for name in sections["rivals"]["values"]["ratios"]}
+    assert rivals >= {"decision at N: torch + graph / ours", "decision after N s: published loop / ours"}
     assert sections["engine"]["values"]["growth_steps"] >= 60 and sections["live"]["values"]["runs"]
     assert len(sections["parity"]["values"]["errors"]) > 8
     assert "DRY RUN" in table and "no problems" in table
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dry_run.json", "gpu_check.json", "gpu_check.txt"]
-
-
-def ratios(section: dict[str, Any]) -> dict[str, float]:
-    found: dict[str, float] = section["values"]["ratios"]
-    return found
 
 
 def test_a_section_that_fails_is_named_and_the_others_run(tmp_path: Path) -> None:
@@ -142,6 +135,8 @@ def test_goals_are_judged_by_lines_that_there_are(monkeypatch: pytest.MonkeyPatc
     monkeypatch.syspath_prepend(str(SCRIPT.parent))
     goals, shapes = (importlib.import_module(f"gpu.{name}") for name in ("goals", "shapes"))
 
+    timed = {shape.name for shape in shapes.shapes(published_3b(), bfloat16, dry=False)}
+
     def line(name: str, variant: str, ms: float, rate: float | None = None) -> dict[str, Any]:
         return {"name": name, "variant": variant, "median_us": 1e3 * ms, "gb_per_s": rate}
 
@@ -153,22 +148,17 @@ def test_goals_are_judged_by_lines_that_there_are(monkeypatch: pytest.MonkeyPatc
         live = {"latency_ms": {"p99": 100 / better}, "missed": round(1 / better), "seconds": 59.5 * better}
         small, large = live | {"sessions": 10, "missed": 9}, live | {"sessions": 2000, "missed": 9}
         steps = [line(goals.DECISION, "triton", 2.1 / better), line(goals.DECISION, "graph", 1e-9)]
-        steps += [
-            line(goals.DECISION, "triton, fp8", 1.2 / better),
-            line(goals.TOKEN, "triton", 1.7 / better),
-        ]
+        steps += [line(goals.DECISION, "triton, fp8", 1.2 / better)]
+        steps += [line(goals.TOKEN, "triton", 1.7 / better)]
         steps += [line(goals.TOKEN, "triton, fp8, fp8 KV", 0.95 / better), line(goals.TOKEN, "triton", 5.0)]
         steps += [line("mel, 1 stream", "triton", 0.05 / better)]
         steps += [line("encoder, 1 chunk", "triton", 0.5 / better)]
-        shares = {
-            f"linear decoder {n}, 13 rows": s for n, s in dict(gate_up=87, down=87, qkv=50, out=50).items()
-        }
+        linears = {"gate_up": 87, "down": 87, "qkv": 50, "out": 50}
+        shares = {f"linear decoder {name}, 13 rows": share for name, share in linears.items()}
         shares["paged_attention, 64 x 13 rows at 4096"] = 80
         ops = [line(name, "cuda", 1.0, 40 * share * better) for name, share in shares.items()]
         ops += [line("paged_attention, 1 x 13 rows at 1024", "triton", 0.006 / better)]
-        assert {x["name"] for x in ops} <= {
-            s.name for s in shapes.shapes(published_3b(), bfloat16, dry=False)
-        }
+        assert {x["name"] for x in ops} <= timed
         return {
             "ceilings": {"values": {"read": 4e12}},
             "steps": {"lines": steps},
