@@ -4,10 +4,12 @@ implementation in the same run, so that cuBLAS (linear, torch) and SDPA stand be
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
 
 import torch
 
+from fastloop.ops.cuda import ATTENTION
 from fastloop.testing.implementations import Implementation, implementations
 from fastloop.testing.timing import rotation
 
@@ -27,30 +29,39 @@ def run(context: Context, record: Record) -> None:
             return
         case = shape.draw(torch.Generator().manual_seed(1))
         times = {}
-        for chosen in _variants(shape.op, context):
+        for name, chosen, function in _variants(shape, context):
             if chosen.refusal(case.arguments):
                 continue
-            placed = {name: chosen.place(value) for name, value in case.arguments.items()}
+            placed = {argument: chosen.place(value) for argument, value in case.arguments.items()}
             sets, cold = rotation(placed, shape.cold) if not context.dry else ([placed], False)
-            calls = [lambda s=s, f=chosen.function: f(**s) for s in sets]
+            calls = [lambda s=s, f=function: f(**s) for s in sets]
             found = _time(calls, context)
             if found is None:
                 if chosen.backend in ("triton", "cuda"):
-                    record.problem(f"{shape.name}: {chosen.backend} failed; see the log")
+                    record.problem(f"{shape.name}: {name} failed; see the log")
                 continue
             timing, note = found
             note = ", ".join(filter(None, [note, "" if cold or not shape.cold else "weights hot"]))
             roof = context.ceilings if cold or not shape.cold else None
-            record.line(shape.name, chosen.backend, timing, shape.moved, shape.operations, roof, note)
-            times[chosen.backend] = timing.median
+            record.line(shape.name, name, timing, shape.moved, shape.operations, roof, note)
+            times[name] = timing.median
             del placed, sets, calls
         _ratio(shape, times, record)
 
 
-def _variants(op: str, context: Context) -> list[Implementation]:
+def _variants(shape: Shape, context: Context) -> Iterator[tuple[str, Implementation, Callable[..., object]]]:
+    """Implementations by name; of a batch's paged_attention each kernel, whichever the shape would choose."""
     if context.dry:
-        return [Implementation(op, "triton", "cpu")]
-    return [i for i in implementations(op) if i.device == "cuda" and not i.missing]
+        chosen = Implementation(shape.op, "triton", "cpu")
+        yield chosen.backend, chosen, chosen.function
+        return
+    for chosen in implementations(shape.op):
+        if chosen.device != "cuda" or chosen.missing:
+            continue
+        yield chosen.backend, chosen, chosen.function
+        if chosen.backend == "cuda" and shape.batch and torch.cuda.get_device_capability()[0] == 9:
+            for kernel in ATTENTION[1:]:
+                yield f"cuda, {kernel}", chosen, functools.partial(chosen.function, kernel=kernel)
 
 
 def _time(calls: list[Callable[[], object]], context: Context) -> tuple[object, str] | None:

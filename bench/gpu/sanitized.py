@@ -20,6 +20,10 @@ def calls(generator: torch.Generator) -> list[tuple[str, Case]]:
     long = cases.paged_attention_case(
         generator, rows=(13, 1), lens=(400, 333), gaps=((5, 170), (0, 300)), dtype=torch.bfloat16
     )
+    listeners = cases.paged_attention_case(
+        generator, rows=[13] * 8 + [1], lens=[13 + 40 * b for b in range(9)], heads=8, kv_heads=1,
+        head_width=64, gaps=[(0, 0), *((5, 9 + b) for b in range(8))], page=64, dtype=torch.bfloat16,
+    )  # fmt: skip
     scaled = cases.paged_attention_case(
         generator, rows=(13, 1), lens=(400, 333), gaps=((5, 170), (0, 300)), dtype=torch.bfloat16, scaled=True
     )
@@ -34,6 +38,7 @@ def calls(generator: torch.Generator) -> list[tuple[str, Case]]:
     return [
         *found,
         ("paged_attention", long),
+        ("paged_attention", listeners),
         ("paged_attention", scaled),
         ("rope_append", cases.rope_append_case(generator, rows=9, dtype=torch.bfloat16, scaled=True)),
         ("linear", deep),

@@ -27,7 +27,9 @@ from fastloop.testing.op_cases import Case
 
 @dataclass(frozen=True)
 class Shape:
-    """One call to time: how to draw it, what it moves and computes, which arguments a step finds cold."""
+    """One call to time: how to draw it, what it moves and computes, which arguments a step finds cold,
+    whether it is paged_attention of many sequences.
+    """
 
     name: str
     op: str
@@ -35,6 +37,7 @@ class Shape:
     moved: float
     operations: float = 0
     cold: tuple[str, ...] = ()
+    batch: bool = False
 
 
 def linears(config: ModelConfig) -> dict[str, dict[str, Any]]:
@@ -100,7 +103,8 @@ def _paged(
     )
     work = 4 * rows * streams * length * d.heads * d.head_width
     name = f"paged_attention, {streams} x {rows} rows at {context}" + ", fp8 pages" * scaled
-    return Shape(name, "paged_attention", draw, moved, work, ("k_pages", "v_pages"))
+    batch = streams > 1 and not scaled
+    return Shape(name, "paged_attention", draw, moved, work, ("k_pages", "v_pages"), batch)
 
 
 def shapes(config: ModelConfig, dtype: torch.dtype, dry: bool) -> list[Shape]:
@@ -153,7 +157,8 @@ def shapes(config: ModelConfig, dtype: torch.dtype, dry: bool) -> list[Shape]:
         wanted = [("int8", 1)] if dry else [("fp8", 1), ("fp8", rows), ("int4", 1), ("int8", rows)]
         found += [_quantised(name, kind, n, dims, dtype) for kind, n in wanted]
     contexts = [(rows, 1, 20), (1, 2, 20)] if dry else [
-        (rows, 1, 1024), (rows, 1, 4096), (1, 1, 1024), (rows, 64, 1024), (rows, 64, 4096), (1, 64, 4096),
+        (rows, 1, 1024), (rows, 1, 4096), (1, 1, 1024), (rows, 8, 4096), (rows, 64, 1024), (rows, 64, 4096),
+        (1, 64, 4096),
     ]  # fmt: skip
     found += [_paged(n, streams, context, config, dtype) for n, streams, context in contexts]
     scaled = contexts[1:] if dry else [(rows, 1, 4096), (1, 1, 1024), (rows, 64, 4096)]
@@ -194,7 +199,19 @@ def model_cases(config: ModelConfig, dtype: torch.dtype) -> dict[str, Callable[[
         for kind, n in (("fp8", 13), ("fp8", 1), ("int8", 13), ("int4", 1))
     ]
     grouped["sample"] = lambda g: [cases.sample_case(g, rows=5, vocab=d.vocab_padded, dtype=dtype)]
+    alone = grouped["paged_attention"]
+    grouped["paged_attention"] = lambda g: [*alone(g), listeners(g, config, dtype)]
     return grouped
+
+
+def listeners(g: Generator, config: ModelConfig, dtype: torch.dtype) -> Case:
+    """Nine of them and a speaker, with contexts that split within steps: a batch as kernels are made for."""
+    d, rows = config.decoder, config.chunk_rows
+    return cases.paged_attention_case(
+        g, rows=[rows] * 9 + [1], lens=[rows + 113 * b for b in range(10)],
+        gaps=[(0, 0), *((5, 9 * b) for b in range(1, 10))], page=64, heads=d.heads, kv_heads=d.kv_heads,
+        head_width=d.head_width, dtype=dtype,
+    )  # fmt: skip
 
 
 def small_bfloat16(g: Generator) -> list[Case]:

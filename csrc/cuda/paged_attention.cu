@@ -2,6 +2,8 @@
 //
 //   paged_attention_<q>_<pages>_<head>   grid (blocks, KV heads), 256 threads; the q heads of a KV head are rows of one product
 //
+// Batches of listeners have kernels of their own on sm_90a: paged_attention_wgmma.cuh.
+//
 // Who owns what: a block owns an equal share of all steps (64 slots of a tile of rows) of its KV head: see attention_work.cuh.
 // In a tall tile each warp owns 16 of up to 128 packed rows (13 rows x 8 heads are 104) and all slots; in a flat one, of up
 // to 16 packed rows, each warp owns 16 of 128 slots and the warps add up in shared memory. Keys and values arrive by cp.async

@@ -131,8 +131,9 @@ template <class T, int kHead> struct Warpgroups {
                 const int first = i * boxes % 32;
                 if (first == 0) {
                     const int slot = sight.slot(i) + lane * box;
+                    const int page = slot < slots.end ? table[slot / t.page] : 0;
                     const bool seen = slot < slots.end && (slot < slots.gap_begin || slot + box > slots.gap_end);
-                    row = seen ? table[slot / t.page] * t.page + slot % t.page : -1;
+                    row = seen ? page * t.page + slot % t.page : -1;
                 }
                 const int own = lane - first;
                 const bool mine = own >= 0 && own < boxes && row >= 0;
@@ -307,7 +308,7 @@ template <class T, int kHead> struct Warpgroups {
             wgmma_done(s);
             if (lead) mbarrier_arrive(keys_free(ahead.stage));
             soften(s, r, sight, step, shrink);
-            wgmma_done(s);  // and what waits here for other reasons keeps the softmax in front of the next wait in SASS, too
+            wgmma_done(s);  // the softmax stays in front of the next wait; for ptxas only because of this one in between
             mbarrier_wait(values_full(ahead.stage), ahead.phase);
             wgmma_wait<0>();
             wgmma_done(r.sum);
@@ -326,6 +327,7 @@ template <class T, int kHead> struct Warpgroups {
         if (lead) mbarrier_arrive(values_free(place.stage));
         place.next();
     }
+
     // A group that has no rows in the tile lets go of what the other one uses, no sooner than it is there.
     __device__ void let_go(const Sight& sight, RingPlace& place) const {
         const bool lead = threadIdx.x % 32 == 0;

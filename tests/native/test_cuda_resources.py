@@ -131,6 +131,39 @@ def test_attention_uses_what_it_was_written_for(arch: str, folder: Path) -> None
     assert "HMMA" not in found.instructions("paged_attention_f32_f32_128")  # float32 is not rounded
 
 
+@pytest.mark.parametrize("head", [64, 128])
+@pytest.mark.parametrize("dtype", ["bf16", "f16"])
+def test_attention_by_wgmma_is_what_it_was_written_for(dtype: str, head: int, folder: Path) -> None:
+    """Registers move from the warps that load to those that multiply; products are asynchronous in groups,
+    and the softmax stands beside those of the values.
+    """
+    found, kernel = compiled("paged_attention", "sm_90a", folder), f"paged_attention_wgmma_{dtype}_{head}"
+    assert kernel not in compiled("paged_attention", "sm_80", folder).registers
+    # as many as the groups' plan hands round: 128 x 40 + 256 x 232 = 384 x 168
+    assert found.registers[kernel] == 168
+    used = re.search(rf"function '{kernel}'(?:.*\n){{1,3}}?.*Used.* (\d+) bytes smem", found.said)
+    assert used is not None
+    assert int(used[1]) + 224 * 1024 + 560 + RESERVED <= PROCESSOR_SHARED["sm_90a"]
+    if not found.code:
+        pytest.skip("no cuobjdump: triton is not installed")
+    code = found.instructions(kernel)
+    loading, multiplying = code.index("USETMAXREG.DEALLOC.CTAPOOL 0x28"), code.index("USETMAXREG.TRY_ALLOC")
+    assert "0xe8" in code[multiplying:].split(";")[0] and loading < multiplying
+    for part, most in ((code[loading:multiplying], 40), (code, 232)):
+        assert max(int(number) for number in re.findall(r"\bR(\d+)\b", part)) < most
+    assert loading < code.index("UTMALDG.2D") < code.rindex("UTMALDG.2D") < multiplying
+    kind = {"bf16": "F32.BF16", "f16": "F32"}[dtype]
+    products = re.findall(rf"HGMMA\.64x(\d+)x16\.{kind} (.*);", code)
+    scores = ["gsb0" in rest for columns, rest in products if columns == "64" and "tnspB" not in rest]
+    sums = ["gsb0" in rest for columns, rest in products if int(columns) == head and "tnspB" in rest]
+    # of the first step and of every other; of every step but the last, and of the last; gsb0: a group ends
+    assert scores == 2 * [*[False] * (head // 16 - 1), True] and sums == 2 * [False, False, False, True]
+    assert len(products) == len(scores) + len(sums)
+    waits = re.split(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x(\d)", code)
+    assert waits[1::2] == ["0", "1", "0", "0"]
+    assert waits[4].count("MUFU.EX2") == 64 // 2 + 2  # a thread's weights, and by how much two rows shrink
+
+
 @every_arch
 @pytest.mark.parametrize("op", ["mel", "paged_attention", "decide", "sample"])
 def test_dependent_kernels_wait_before_they_read(op: str, arch: str, folder: Path) -> None:

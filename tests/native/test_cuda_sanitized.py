@@ -30,6 +30,11 @@ CALLS = {
                     seeded(blocks), rows=(5, 1, 0, 13), lens=(150, 12, 0, 277), heads=14, kv_heads=2,
                     gaps=((3, 9), (0, 0), (0, 0), (64, 130)), head_width=112, page=7, dtype=dtype,
                     page_dtype=pages), blocks=blocks, seed=blocks)
+        for head_width, blocks in ((64, 1), (128, 9)):
+            check("paged_attention", paged_attention_case(
+                seeded(blocks), rows=(5, 1, 0, 13), lens=(150, 12, 0, 977), heads=14, kv_heads=2,
+                gaps=((3, 9), (0, 0), (0, 0), (64, 130)), head_width=head_width, page=32,
+                dtype=torch.bfloat16), blocks=blocks, seed=blocks, wgmma=True)
     """,
     "decide": """
         for blocks in (1, 2, 8):
