@@ -22,6 +22,7 @@ ENGINE = (
     "quantised",
     "float8_pages",
     "reply",
+    "several_engines",
 )  # those with graphs and streams of CUDA
 
 

@@ -5,6 +5,10 @@ could not do (fastloop.engine.recorder). The graphs of one stream share one memo
 after another and none keeps anything there; streams overlap, so each has a pool of its own.
 FASTLOOP_CAPTURE=0 runs the same work op by op. No global state of torch is changed.
 
+One graph of the process is captured at a time, whichever engine and thread wants it: a capture begins and ends
+with a wait for its whole device, which CUDA refuses while another one is on its way there. For as long it also
+refuses torch.cuda.synchronize() of the program around it; events and streams may be awaited.
+
 FASTLOOP_DEPENDENT=1 lets the kernels of backend "cuda" start before the one in front of them in their graph
 has ended, and load their weights meanwhile (fastloop.ops.cuda.dependent_launches; sm_90 and newer). No work
 that is captured writes a weight: they are its `constants`, and the recorder refuses work that writes one.
@@ -15,6 +19,7 @@ right and faster. (Triton's kernels have it by their table of the device.)
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -29,6 +34,7 @@ from .conditional import capture_loop
 from .recorder import CaptureError, Span, record
 from .streams import STREAMS, Streams
 
+_CAPTURING = threading.Lock()
 WARM_UPS = 2  # of work before it is captured: libraries allocate and kernels compile in the first calls
 
 
@@ -90,7 +96,8 @@ class Graphs:
             else:
                 graphs.append(capture_tape(work, static, constants))
 
-        schedule.capture(self._streams, stream, capture)
+        with _CAPTURING:
+            schedule.capture(self._streams, stream, capture)
         return graphs[0]
 
     def make_loop(
@@ -118,7 +125,8 @@ class Graphs:
             else:
                 graphs.append(loop_tape(body, condition, static, constants))
 
-        schedule.capture(self._streams, stream, capture)
+        with _CAPTURING:
+            schedule.capture(self._streams, stream, capture)
         return graphs[0]
 
     def _overlapping(self, work: Callable[[], None]) -> Callable[[], None]:
