@@ -5,9 +5,9 @@ could not do (fastloop.engine.recorder). The graphs of one stream share one memo
 after another and none keeps anything there; streams overlap, so each has a pool of its own.
 FASTLOOP_CAPTURE=0 runs the same work op by op. No global state of torch is changed.
 
-One graph of the process is captured at a time, whichever engine and thread wants it: a capture begins and ends
-with a wait for its whole device, which CUDA refuses while another one is on its way there. For as long it also
-refuses torch.cuda.synchronize() of the program around it; events and streams may be awaited.
+One graph of the process is captured at a time, whichever engine and thread wants it: a capture begins and
+ends with a wait for its whole device, which CUDA refuses while another one is on its way there. For as long
+it also refuses torch.cuda.synchronize() of the program around it; events and streams may be awaited.
 
 FASTLOOP_DEPENDENT=1 lets the kernels of backend "cuda" start before the one in front of them in their graph
 has ended, and load their weights meanwhile (fastloop.ops.cuda.dependent_launches; sm_90 and newer). No work
