@@ -1,6 +1,6 @@
 """Deadlines without a GPU: many live streams against one device whose steps cost what a model says.
 
-    python -m fastloop.engine.simulation --sessions 1000 --plot deadlines.png
+    python -m fastloop.engine.simulation --sessions 1000 --plot deadlines.png --json deadlines.json
 
 Discrete events: chunks arrive every 0.4 s at random phases and late by a random jitter; the device takes one
 step at a time, whose sessions the admission policy chooses (fastloop.engine.admission) and whose time the
@@ -11,11 +11,16 @@ meets which deadlines at which share of the device's capacity.
 from __future__ import annotations
 
 import argparse
+import datetime
+import json
 import random
+import subprocess
+import sys
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from .admission import COHORT_S, ORDERS, Waiting, chunk_due, start_at, take, token_due
 from .stats import percentile
@@ -107,6 +112,21 @@ class Report:
     @property
     def missed_share(self) -> float:
         return self.missed / max(1, len(self.latencies))
+
+    def summary(self) -> dict[str, Any]:
+        """Plain data; milliseconds."""
+        latency = {f"p{q}": 1e3 * percentile(self.latencies, q) for q in (50, 99)}
+        return {
+            "sessions": self.load.sessions,
+            "policy": self.device.policy,
+            "decisions": len(self.latencies),
+            "latency_ms": latency | {"max": 1e3 * max(self.latencies, default=0.0)},
+            "missed": self.missed,
+            "undecided": self.undecided,
+            "token_ms_p99": 1e3 * percentile(self.token_gaps, 99),
+            "responding": self.responding,
+            "busy": self.busy_s / self.load.seconds,
+        }
 
     def __str__(self) -> str:
         p50, p99 = (1e3 * percentile(self.latencies, q) for q in (50, 99))
@@ -250,6 +270,25 @@ def plot(reports: Sequence[Report], picture: Path) -> None:
     pyplot.close(figure)
 
 
+def write(reports: Sequence[Report], path: Path) -> None:
+    """What the simulation gave, with what it is a simulation of."""
+    git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = ""
+    content = {
+        "device": "none: simulated, by the cost model of one H200 at the 3B dims in bfloat16",
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit,
+        "command": " ".join(["python -m fastloop.engine.simulation", *sys.argv[1:]]),
+        "cost_model": asdict(CostModel()),
+        "load": asdict(reports[0].load),
+        "runs": [report.summary() for report in reports],
+    }
+    path.write_text(json.dumps(content, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m fastloop.engine.simulation", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -258,6 +297,7 @@ def main() -> None:
     parser.add_argument("--responding", type=float, default=0.05, help="share of sessions that answer")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--plot", type=Path, help="a PNG of the latencies")
+    parser.add_argument("--json", type=Path, help="the results")
     options = parser.parse_args()
     reports = []
     for count in options.sessions:
@@ -267,6 +307,8 @@ def main() -> None:
             print(reports[-1], flush=True)
     if options.plot is not None:
         plot(reports, options.plot)
+    if options.json is not None:
+        write(reports, options.json)
 
 
 if __name__ == "__main__":

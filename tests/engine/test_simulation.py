@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -119,11 +120,18 @@ def test_every_chunk_is_decided_or_still_queued() -> None:
 
 
 def test_command_prints_and_plots(tmp_path: Path) -> None:
-    picture = tmp_path / "latencies.png"
+    picture, results = tmp_path / "latencies.png", tmp_path / "latencies.json"
     command = [sys.executable, "-m", "fastloop.engine.simulation", "--sessions", "20", "40"]
     done = subprocess.run(
-        [*command, "--seconds", "2", "--plot", str(picture)], capture_output=True, text=True, check=True
-    )
+        [*command, "--seconds", "2", "--plot", str(picture), "--json", str(results)],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
     lines = done.stdout.splitlines()
     assert len(lines) == 4 and all("missed 0 of" in line for line in lines)
     assert picture.read_bytes().startswith(b"\x89PNG")
+    told = json.loads(results.read_text())
+    assert told["device"].startswith("none: simulated") and told["cost_model"]["decoder_bytes"] == 5.55e9
+    assert [(r["sessions"], r["policy"]) for r in told["runs"]] == [
+        (n, policy) for n in (20, 40) for policy in ("fifo", "deadline")
+    ]
+    assert all(0 < r["latency_ms"]["p50"] <= r["latency_ms"]["p99"] <= 100 for r in told["runs"])
