@@ -256,6 +256,33 @@ def test_a_program_that_is_stopped_has_said_what_it_said(monkeypatch: pytest.Mon
     assert finished([sys.executable, "-c", "import sys; print(1); sys.exit(3)"], 60) == (3, "1\n")
 
 
+def test_the_build_leaves_kernels_of_other_gpus_out(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """setup.py does not learn of --inplace, which setuptools takes for itself, and would make a wheel's."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    build, record = (importlib.import_module(f"gpu.{name}") for name in ("build", "record"))
+    asked: list[dict[str, str]] = []
+
+    def finished(command: list[str], limit: float, env: dict[str, str]) -> tuple[int, str]:
+        assert command[1:] == ["setup.py", "--quiet", "build_ext", "--inplace"]
+        asked.append(env)
+        return 0, ""
+
+    monkeypatch.setattr(build, "finished", finished)
+    context = module_context(record, tmp_path)
+    build._native(context, record.Record(tmp_path / "build.json"))
+    assert [(env["FASTLOOP_CUDA"], env["PATH"]) for env in asked] == [("0", os.environ["PATH"])]
+
+
+def module_context(record: ModuleType, folder: Path) -> Any:
+    """A section's context with a minute left."""
+    from torch import float32
+
+    from fastloop.config import small
+
+    ends = time.monotonic() + 60
+    return record.Context("cpu", True, small(), float32, folder, folder, ends, {})
+
+
 def test_suites_find_the_kernels_where_nothing_is_installed(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
