@@ -263,7 +263,7 @@ def test_the_build_leaves_kernels_of_other_gpus_out(monkeypatch: pytest.MonkeyPa
     asked: list[dict[str, str]] = []
 
     def finished(command: list[str], limit: float, env: dict[str, str]) -> tuple[int, str]:
-        assert command[1:] == ["setup.py", "--quiet", "build_ext", "--inplace"]
+        assert command[-4:] == ["setup.py", "--quiet", "build_ext", "--inplace"]
         asked.append(env)
         return 0, ""
 

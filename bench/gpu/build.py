@@ -28,11 +28,13 @@ def run(context: Context, record: Record) -> None:
         return
     began = time.monotonic()
     script = str(Path(__file__).with_name("warm.py"))
+    images = _images()
     warmers = [
-        subprocess.Popen([sys.executable, script, str(i), str(WARMERS)], stdout=subprocess.PIPE, text=True)
+        subprocess.Popen(
+            [*yielding(), sys.executable, script, str(i), str(WARMERS)], stdout=subprocess.PIPE, text=True
+        )
         for i in range(WARMERS)
     ]
-    images = _images()
     _native(context, record)
     failed = 0
     for warmer in warmers:
@@ -48,6 +50,13 @@ def run(context: Context, record: Record) -> None:
     record.put(seconds_of_all=time.monotonic() - began)
     if failed:
         record.problem(f"{failed} of {WARMERS} processes could not make all calls of the model; see the log")
+
+
+def yielding() -> list[str]:
+    """In front of a command that is to leave the processors to the compilers of the CUDA kernels, of which
+    one takes as long as everything else together.
+    """
+    return ["nice", "-n", "10"] if shutil.which("nice") else []
 
 
 def _images() -> dict[str, subprocess.Popen[str]]:
@@ -83,7 +92,7 @@ def _native(context: Context, record: Record) -> None:
     if shutil.which("nvcc") is None and shutil.which("c++") is None:
         record.put(native_text="no compiler here")
         return
-    command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
+    command = [*yielding(), sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]
     # `_images` compiles the kernels, for this GPU alone; nvcc would for all, minutes of it, and for nothing.
     code, said = finished(command, max(context.left_s - 5, 5), os.environ | {"FASTLOOP_CUDA": "0"})
     if code is None:
