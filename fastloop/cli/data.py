@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ..errors import FastloopError
 from .terminal import complain
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ def build_command(
       fastloop data build --clips manifest.jsonl --out plain --no-tfjp --planner random
       fastloop data build --clips manifest.jsonl --out corpus --hours 1000 --ray
     """
-    from ..soundflow.clips import DataError
+    from ..soundflow.builder import unused
     from ..soundflow.workshop import BuildConfig
 
     try:
@@ -102,7 +103,7 @@ def build_command(
             llm_kept=llm_kept,
         )
         built = _with_progress(config, out, workers if ray else workers or os.cpu_count() or 1, ray)
-    except DataError as error:
+    except FastloopError as error:
         _fail("build", error)
     typer.echo(
         f"{out}: {built.made} shards made, {built.found} were there; {built.streams} streams, "
@@ -113,8 +114,14 @@ def build_command(
         typer.echo(f"{built.rejected.total()} streams were not suitable and drawn again: {kinds}")
     if built.unreadable:
         typer.echo(f"{len(built.unreadable)} clips could not be read and were skipped:")
-        for reason in built.unreadable.values():
-            typer.echo(f"  {reason}")
+        for name, reason in sorted(built.unreadable.items()):
+            typer.echo(f"  {name}: {reason}")
+    if idle := unused(config):
+        kinds = ", ".join(f"{count} {label}" for label, count in idle.most_common())
+        typer.echo(
+            f"{idle.total()} clips serve nowhere (no scenario names their label, or nothing tells which "
+            f"digits are in their speech, and when): {kinds}"
+        )
 
 
 def _with_progress(config: BuildConfig, out: Path, workers: int, ray: bool) -> Built:
@@ -146,12 +153,11 @@ def import_command(
     Example:
       fastloop data import conversations.jsonl --out corpus
     """
-    from ..soundflow.clips import DataError
     from ..soundflow.conversations import import_online
 
     try:
         done = import_online(source, out, split, seed)
-    except DataError as error:
+    except FastloopError as error:
         _fail("import", error)
     typer.echo(f"{out}: {done.streams} streams from {source}")
     if done.skipped:
@@ -164,7 +170,7 @@ def import_command(
 def inspect_command(
     clips: Annotated[list[Path], typer.Argument(help="Sound files; or a shard (.tar): its first streams.")],
     out: Annotated[Path, typer.Option(help="Folder for the figures.")],
-    streams: Annotated[int, typer.Option(help="How many streams of a shard to draw.")] = 4,
+    streams: Annotated[int, typer.Option(min=1, help="How many streams of a shard to draw.")] = 4,
 ) -> None:
     """Draw spectrograms: a clip before and after each step of preprocessing; a stream with its events.
 
@@ -173,9 +179,7 @@ def inspect_command(
       fastloop data inspect cough.wav bark.flac --out figures
       fastloop data inspect corpus/train-00000.tar --out figures --streams 8
     """
-    from ..soundflow.clips import DataError
     from ..soundflow.inspect import inspect_clips, inspect_shard
-    from ..soundflow.shards import ShardError
 
     failed = False
     try:
@@ -183,15 +187,14 @@ def inspect_command(
             if path.suffix == ".tar":
                 for picture in inspect_shard(path, out, streams):
                     typer.echo(picture)
+        for picture, done in inspect_clips([path for path in clips if path.suffix != ".tar"], out):
+            if isinstance(done, str):
+                complain("data inspect", done)
+                failed = True
                 continue
-            for picture, done in inspect_clips([path], out):
-                if isinstance(done, str):
-                    complain("data inspect", done)
-                    failed = True
-                    continue
-                lengths = " -> ".join(f"{len(x) / 16_000:.2f}" for x in done.steps.values())
-                typer.echo(f"{picture}: {lengths} s")
-    except (DataError, ShardError) as error:
+            lengths = " -> ".join(f"{len(x) / 16_000:.2f}" for x in done.steps.values())
+            typer.echo(f"{picture}: {lengths} s")
+    except FastloopError as error:
         _fail("inspect", error)
     if failed:
         raise typer.Exit(1)

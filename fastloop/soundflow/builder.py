@@ -11,12 +11,17 @@ import functools
 import json
 import multiprocessing
 import os
+import threading
+from collections import Counter
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 
 from .clips import DataError
+from .grammar import read_scenarios
+from .shards import SPLITS
+from .sounds import Library, known_sounds
 from .workshop import BuildConfig, Built, Workshop, fingerprint
 
 
@@ -29,6 +34,31 @@ def _workshop(config: BuildConfig) -> Workshop:
 def make_shard(config: BuildConfig, number: int, out: Path) -> Built:
     """Write shard `number` of a build; for worker processes."""
     return _workshop(config).make(number, out)
+
+
+def _check(config: BuildConfig, workers: int) -> None:
+    """DataError for settings that are wrong, before any process starts or anything is written."""
+    library = Workshop(config).mix.library
+    if config.split not in SPLITS:
+        raise DataError(f"a corpus is of split {' or '.join(SPLITS)}, not {config.split!r}")
+    if workers < 0:
+        raise DataError(f"workers must be 0 or more, got {workers}")
+    if strange := sorted(set(config.exclude) - set(known_sounds()) - set(library.filed)):
+        raise DataError(
+            f"there is no label {strange[0]!r} to leave out; known: {', '.join(library.labels())}"
+        )
+
+
+def unused(config: BuildConfig) -> Counter[str]:
+    """Clips of the split that no stream can hold, by label: labels that no packaged sound and no scenario
+    names, and speech whose text or word times do not tell what is in it.
+    """
+    library = Library.open(config.manifest, config.split)
+    named = {*known_sounds(), *(library.filed if config.planner == "random" else ())}
+    for scenario in read_scenarios([Path(p) for p in config.scenarios]):
+        named |= {*scenario.beds, *scenario.passing, *scenario.events}
+    filed = {clip.id for label in named for clip in library.filed.get(label, ())}
+    return Counter(clip.label for clip in library.clips.values() if clip.id not in filed)
 
 
 def _claim(config: BuildConfig, out: Path) -> None:
@@ -69,7 +99,7 @@ def build(
     progress: called after each shard with the totals so far and the number of shards. DataError where
     anything is wrong; shards that were finished stay, and the next call goes on after them.
     """
-    Workshop(config)  # settings that are wrong fail before any process starts
+    _check(config, workers)
     _claim(config, out)
     missing = [n for n in range(config.shards) if not (out / config.shard_name(n)).exists()]
     total = Built(found=config.shards - len(missing))
@@ -89,13 +119,27 @@ def build(
     return total
 
 
+def _end_with_parent() -> None:
+    """Of a worker: end when the process that started it is gone. It would wait for work for ever, since it
+    holds both ends of the queue itself.
+    """
+
+    def watch() -> None:
+        process = multiprocessing.parent_process()
+        assert process is not None
+        process.join()  # also where it was killed
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _parallel(
     config: BuildConfig, out: Path, missing: Sequence[int], workers: int
 ) -> Generator[Built, None, None]:
     """Shards as they get ready; a failure stops the rest."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(missing) or 1), context) as pool:
+    with ProcessPoolExecutor(min(workers, len(missing) or 1), context, _end_with_parent) as pool:
         waiting = {pool.submit(make_shard, config, number, out) for number in missing}
         try:
             while waiting:

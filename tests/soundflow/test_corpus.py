@@ -146,6 +146,37 @@ def test_a_build_that_was_killed_goes_on_to_the_same_bytes(config: BuildConfig, 
     assert hashes(killed) == hashes(tmp_path / "whole")
 
 
+def test_workers_end_with_a_build_that_was_killed(config: BuildConfig, tmp_path: Path) -> None:
+    code = (
+        "import multiprocessing, sys, threading, time\n"
+        "from pathlib import Path\n"
+        "from fastloop.soundflow.builder import *\n"
+        "def tell():\n"
+        "    while not (found := multiprocessing.active_children()): time.sleep(0.01)\n"
+        "    print(*(p.pid for p in found), flush=True)\n"
+        "if __name__ == '__main__':\n"
+        "    threading.Thread(target=tell, daemon=True).start()\n"
+        f"    build({replace(config, hours=2)!r}, Path(sys.argv[1]), workers=1)\n"
+    )
+    script = tmp_path / "build.py"
+    script.write_text(code)
+    process = subprocess.Popen(
+        [sys.executable, str(script), str(tmp_path / "c")], stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    workers = [int(pid) for pid in process.stdout.readline().split()]
+    while not hashes(tmp_path / "c"):
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    process.stdout.read()  # ends when the last process that could write to it is gone
+    assert workers
+    for worker in workers:
+        state = Path(f"/proc/{worker}/stat")
+        assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX"
+
+
 def test_another_corpus_in_the_same_folder_is_refused(
     config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -56,6 +56,46 @@ def test_errors_of_build_are_one_line(run: Run, tmp_path: Path) -> None:
     assert "m.jsonl:1: field 'duration_s' is missing" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--split", "demo"), "a corpus is of split train or val, not 'demo'"),
+        (("--workers", "-1"), "workers must be 0 or more, got -1"),
+        (("--exclude", "kettle,sirne"), "there is no label 'sirne' to leave out; known: "),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_is_written(
+    run: Run, manifest: Path, tmp_path: Path, more: tuple[str, ...], words: str
+) -> None:
+    rows = [json.loads(line) | {"split": "demo"} for line in manifest.read_text().splitlines()]
+    clips = tmp_path / "clips" / "demo.jsonl"
+    clips.parent.mkdir()
+    clips.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    chosen = clips if "--split" in more else manifest
+    result = run("build", "--clips", chosen, "--out", tmp_path / "c", "--workers", 1, *more)
+    assert result.exit_code == 2 and words in result.stderr and result.stderr.count("\n") == 1
+    assert not (tmp_path / "c").exists()
+
+
+def test_clips_that_serve_nowhere_are_counted(run: Run, manifest: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in manifest.read_text().splitlines()]
+    for row in rows:
+        row["path"] = str(manifest.parent / row["path"])
+        if row["id"] in ("train-dog", "val-dog"):
+            row["label"] = "doge"
+    clips = tmp_path / "m.jsonl"
+    clips.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    length = ("--hours", 0.004, "--seconds", 14.4, "--workers", 1, "--tasks", "sound_alert")
+    for planner, told in (("grammar", "1 doge"), ("random", "")):
+        result = run("build", "--clips", clips, "--out", tmp_path / planner, "--planner", planner, *length)
+        assert result.exit_code == 0, result.stderr
+        assert ("serve nowhere" in result.stdout) == bool(told) and told in result.stdout
+    scenario = tmp_path / "park.yaml"
+    scenario.write_text("{scene: park, beds: {rain: 1}, events: {doge: 1, siren: 1, coughing: 1}}")
+    result = run("build", "--clips", clips, "--out", tmp_path / "own", "--scenarios", scenario, *length)
+    assert result.exit_code == 0 and "doge" not in result.stdout, result.stderr
+
+
 def test_show_counts_what_is_there(run: Run, built: Path) -> None:
     result = run("show", built)
     assert result.exit_code == 0, result.stderr
@@ -70,11 +110,15 @@ def test_inspect_draws_clips_and_streams_and_names_what_it_cannot_read(
 ) -> None:
     (tmp_path / "broken.wav").write_bytes(b"RIFF")
     clip, shard = manifest.parent / "train-dog.flac", built / "train-00000.tar"
-    result = run("inspect", clip, tmp_path / "broken.wav", shard, "--out", tmp_path / "f", "--streams", 1)
+    namesake = tmp_path / clip.name  # of another folder: it must not take the other's figure
+    namesake.write_bytes((manifest.parent / "train-rain.flac").read_bytes())
+    result = run(
+        "inspect", clip, namesake, tmp_path / "broken.wav", shard, "--out", tmp_path / "f", "--streams", 1
+    )
     assert result.exit_code == 1 and "broken.wav" in result.stderr
-    assert "train-dog.png: 2.40 -> " in result.stdout
+    assert "train-dog.png: 2.40 -> " in result.stdout and "train-dog-2.png: 3.00 -> " in result.stdout
     figures = sorted((tmp_path / "f").iterdir())
-    assert [f.name for f in figures] == ["train-0-0000000.png", "train-dog.png"]
+    assert [f.name for f in figures] == ["train-0-0000000.png", "train-dog-2.png", "train-dog.png"]
     assert all(f.read_bytes().startswith(b"\x89PNG") and f.stat().st_size > 10_000 for f in figures)
 
 
