@@ -139,6 +139,7 @@ template <class T, int kHead> struct Warpgroups {
                 const bool mine = own >= 0 && own < boxes && row >= 0;
                 const unsigned bytes = __popc(__ballot_sync(~0u, mine)) * box * 128 * kHalves;
                 const auto fill = [&](const TensorMap& map, unsigned char* to, Word* full) {
+                    __syncwarp();  // all lanes have passed their wait: a late one would find the phase behind
                     if (lane == 0) {
                         if (bytes != 0) mbarrier_arrive_expect_bytes(full, bytes);
                         else mbarrier_arrive(full);

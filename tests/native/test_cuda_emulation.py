@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -90,6 +91,24 @@ def test_matrix_products(library: Any, seed: int) -> None:
     d = torch.zeros(16, 8)
     library.launch("multiply", [1], [32], a, b, c, d, shared=768, seed=seed)
     assert torch.equal(d, (a.double() @ b.double().T + c.double()).float())
+
+
+def added(library: Any, seed: int, early: int) -> tuple[torch.Tensor, torch.Tensor]:
+    x, out = normal(6, 32), torch.zeros(32)
+    library.launch("copy_and_add", [1], [64], x, out, 6, early, shared=128, seed=seed)
+    return out, functools.reduce(torch.add, x, torch.zeros(32)).flip(0)
+
+
+@pytest.mark.parametrize("seed", range(9))
+def test_a_ring_and_a_named_barrier(library: Any, seed: int) -> None:
+    out, wanted = added(library, seed, 0)
+    assert torch.equal(out, wanted)
+
+
+def test_what_is_let_go_too_soon_shows(library: Any) -> None:
+    """Under some order: the one that lets go must be behind those that wait for it."""
+    results = (added(library, seed, 1) for seed in range(2, 40, 2))
+    assert any(not torch.equal(out, wanted) for out, wanted in results)
 
 
 @pytest.mark.parametrize(

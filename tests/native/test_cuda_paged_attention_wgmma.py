@@ -69,7 +69,7 @@ def test_of_any_page(check: Callable[..., None], dtype: torch.dtype, page: int) 
     check("paged_attention", case, blocks=2, seed=page)
 
 
-@pytest.mark.parametrize("length", [13, 63, 64, 65, 127, 128, 129, 449, 897])
+@pytest.mark.parametrize("length", [13, 63, 64, 65, 75, 76, 77, 127, 128, 129, 449, 897])
 def test_of_any_length(check: Callable[..., None], length: int) -> None:
     """The end of the keys, and the first row's own slot, at every place of a step."""
     case = paged_attention_case(

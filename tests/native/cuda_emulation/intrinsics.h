@@ -132,6 +132,7 @@ inline void mbarrier_init(uint64_t* at, unsigned count) {
 }
 inline void mbarrier_arrive(uint64_t* at) {
     mbarrier_change(at, [](Mbarrier& s) { s.pending -= 1; });
+    machine->lag();  // what follows may come late: should it have been in front?
 }
 inline void mbarrier_arrive_expect_bytes(uint64_t* at, unsigned bytes) {
     mbarrier_change(at, [=](Mbarrier& s) { s.bytes += bytes, s.pending -= 1; });

@@ -195,6 +195,12 @@ class Machine {
         push(now);
         to_machine();
     }
+    // Others go on; in every fourth case for a while, those that poll among them.
+    void lag() {
+        if (!config_.seed) return;
+        if (by_priority() && draw(4) == 0) now->priority = least_ - 1000;
+        yield();
+    }
     void progress() { polls_ = 0; }
 
     uint64_t arrive(Barrier& barrier, unsigned expected) {

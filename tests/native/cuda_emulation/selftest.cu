@@ -76,6 +76,43 @@ extern "C" __global__ void copy_bulk(const float* in, float* out, int rounds) {
     }
 }
 
+// A warp copies, another one adds; the place is let go when it has been read, or too soon. The sum goes by a named barrier.
+extern "C" __global__ void copy_and_add(const float* in, float* out, int rounds, int early) {
+    FASTLOOP_SHARED(float, held);
+    __shared__ uint64_t full, free;
+    __shared__ float sums[32];
+    const bool lead = threadIdx.x % 32 == 0;
+    if (threadIdx.x == 0) {
+        cuda_emulation::mbarrier_init(&full, 1);
+        cuda_emulation::mbarrier_init(&free, 1);
+    }
+    __syncthreads();
+    float sum = 0;
+    for (int round = 0; round < rounds; ++round)
+        if (threadIdx.x < 32) {
+            cuda_emulation::mbarrier_wait(&free, (round & 1) ^ 1);
+            __syncwarp();  // or a lane would find the phase behind this one
+            if (lead) {
+                cuda_emulation::mbarrier_arrive_expect_bytes(&full, 32 * sizeof(float));
+                cuda_emulation::bulk_copy(held, in + 32 * round, 32 * sizeof(float), &full);
+            }
+            __syncwarp();
+        } else {
+            cuda_emulation::mbarrier_wait(&full, round & 1);
+            if (early && lead) cuda_emulation::mbarrier_arrive(&free);
+            sum += held[threadIdx.x % 32];
+            __syncwarp();
+            if (!early && lead) cuda_emulation::mbarrier_arrive(&free);
+        }
+    if (threadIdx.x >= 32) {
+        sums[threadIdx.x % 32] = sum;
+        cuda_emulation::named_barrier_arrive(1, 64);
+    } else {
+        cuda_emulation::named_barrier(1, 64);
+        out[threadIdx.x] = sums[31 - threadIdx.x];
+    }
+}
+
 // One warp: d [16, 8] = a [16, 16] b [8, 16]^T + c.
 extern "C" __global__ void multiply(const uint16_t* a, const uint16_t* b, const float* c, float* d) {
     FASTLOOP_SHARED(uint16_t, held);  // a, then b
