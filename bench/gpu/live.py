@@ -34,6 +34,7 @@ LATE_MS = 400.0  # one chunk
 ROOM = 0.9  # of the free memory that pages may take
 FIXED_S = 20.0  # windows, warm-ups, and a second engine, about
 RUN_S = 6.0  # of each further run
+MORE_S = 30.0  # that the first of them takes, with its engine, windows and warm-ups, about
 
 
 def run(context: Context, record: Record) -> None:
@@ -71,7 +72,8 @@ def _more(model: Model, count: int, context: Context, record: Record) -> None:
     load = Load(RUN_S, responding=RESPONDING)
     most = min(MOST, _fits(model, load, MOST, "fp8"))
     record.put(fit_in_memory=most)
-    if most <= count or context.left_s < 3 * RUN_S:
+    if most <= count or context.left_s < MORE_S:
+        record.put(more_text=f"no more than {count} tried: {context.left_s:.0f} s left, {most} fit in memory")
         return
     with engine_of(model, load, most, "fp8") as engine:
         sessions = populate(engine, load, min(most, count + STEP))
@@ -79,7 +81,7 @@ def _more(model: Model, count: int, context: Context, record: Record) -> None:
         while True:
             told = _run(engine, sessions, load, "fp8", record)
             room = min(STEP, most - len(sessions))
-            if told["latency_ms"]["p99"] >= LATE_MS or room <= 0 or context.left_s < 2 * RUN_S:
+            if told["latency_ms"]["p99"] >= LATE_MS or room <= 0 or context.left_s < 2.5 * RUN_S:
                 return
             sessions += populate(engine, load, room)
 
