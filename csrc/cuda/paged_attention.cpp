@@ -76,7 +76,7 @@ bool wgmma_takes(const Params& p, const Device& device) {
 
 // Where products bind, and neither bytes nor latency. mma.sync takes 130 us for 64 sequences of 104 packed rows (new rows x
 // query heads of a KV head) at 4k, as many more as there are rows; the bytes take 78 at 80 % of the read rate
-// (bench/NOTES.md): from 64 rows on products are slower. The kernels by wgmma have tiles of 128 rows only: with few sequences
+// (bench/GPU.md): from 64 rows on products are slower. The kernels by wgmma have tiles of 128 rows only: with few sequences
 // a long context is cut into pieces of 53 KB for one processor to add up, and flat tiles are faster.
 bool batch_of_listeners(const Params& p) {
     constexpr size_t SEQUENCES = 8, PACKED_ROWS = 64;  // on average

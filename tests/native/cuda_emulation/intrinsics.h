@@ -13,6 +13,11 @@ inline void check_shared(const void* at, size_t bytes, size_t alignment, const c
     if (!machine->is_shared(at, bytes)) machine->fail("%s: %p is outside shared memory", what, at);
 }
 
+inline void perform(const Copy& copy) {
+    memcpy(copy.to, copy.from, copy.read);
+    memset(static_cast<unsigned char*>(copy.to) + copy.read, 0, copy.written - copy.read);
+}
+
 // cp.async of 4, 8 or 16 bytes: `read` of them from `from`, the others zero.
 inline void cp_async(void* to, const void* from, size_t bytes, size_t read) {
     check_shared(to, bytes, bytes, "cp.async");

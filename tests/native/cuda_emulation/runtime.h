@@ -497,9 +497,4 @@ inline const unsigned char (*exchange(unsigned mask, const void* value, size_t b
     return turn;
 }
 
-inline void perform(const Copy& copy) {
-    memcpy(copy.to, copy.from, copy.read);
-    memset(static_cast<unsigned char*>(copy.to) + copy.read, 0, copy.written - copy.read);
-}
-
 }  // namespace cuda_emulation
