@@ -17,6 +17,8 @@ import typer
 from typer.core import TyperGroup
 
 from .. import __version__
+from ..config import ConfigError
+from ..errors import FastloopError
 from .bench import bench_app
 from .convert import convert_command
 from .data import data_app
@@ -53,7 +55,12 @@ class OneLineErrors(TyperGroup):
 
 
 def _exit_of(error: Exception) -> NoReturn:
-    """Usage errors end here (whichever class this version of typer raises); any other error goes on."""
+    """Usage errors end here (whichever class this version of typer raises), and what no command has taken: a
+    wrong setting of the environment, a disk that is full. Any other error goes on.
+    """
+    if isinstance(error, (ConfigError, FastloopError, OSError)):
+        complain("", error)
+        sys.exit(1 if isinstance(error, OSError) else 2)
     describe, code = getattr(error, "format_message", None), getattr(error, "exit_code", None)
     if describe is None or code is None:
         raise error

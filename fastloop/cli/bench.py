@@ -13,7 +13,9 @@ from .terminal import complain
 
 bench_app = typer.Typer(name="bench", help="Measure kernels and steps.", no_args_is_help=True)
 
-Size = Annotated[str, typer.Option(help="Dims, with random weights: nano or 3b.")]
+Size = Annotated[
+    str, typer.Option(help="Dims, with random weights: nano, 3b, or 3b-third (a third of its layers).")
+]
 Precision = Annotated[str, typer.Option(help="float32, bfloat16, int8 or int4.")]
 Kv = Annotated[str, typer.Option(help="Of the KV pages: float32, bfloat16 or int8.")]
 Group = Annotated[int, typer.Option(help="int4: inputs that share a scale, 32 or 64.")]
@@ -70,6 +72,10 @@ def cpu_command(
     if native is None:
         complain("bench cpu", reason)
         raise typer.Exit(1)
+    for path in (json, plot):
+        if path is not None and not path.parent.is_dir():
+            complain("bench cpu", f"{path}: there is no folder {path.parent}")
+            raise typer.Exit(2)
     counts, lengths = _numbers("sessions", sessions, 1), _numbers("contexts", contexts, 0)
     figures: list[Figure] = []
     measured = CpuBench(size, precision, threads, seconds, kv, group)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..config import ConfigError
 from ..errors import FastloopError
-from .terminal import complain
+from .terminal import complain, cpu_threads
 from .train import MISSING
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def streams_command(
     model: ModelName = "demo",
     out: Out = None,
     split: Annotated[str, typer.Option(help="Of the streams: val, train, or all.")] = "val",
-    limit: Annotated[int, typer.Option(help="Only the first so many streams; 0: all.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="Only the first so many streams; 0: all.")] = 0,
     sessions: Sessions = 16,
     threshold: Threshold = 0.5,
     window: Annotated[float, typer.Option(help="Seconds of sound that the model looks back on.")] = 60.0,
@@ -72,6 +71,7 @@ def streams_command(
         loaded = _load(model, dtype, device, threads)
         skipped: list[str] = []
         pairs = read_truth(manifest, None if split == "all" else split, skipped.append, limit)
+        _make_folder(out)
         _report_skipped("streams", skipped)
         how = Hearing(sessions=sessions, threshold=threshold, window_s=window)
         began = time.monotonic()
@@ -90,7 +90,6 @@ def streams_command(
         console.print(scorecard.figures_table("right words, by label", scores.right))
         console.print(scorecard.figures_table("silence kept, by label", scores.silence))
         if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
             head = {"model": model, "fingerprint": loaded.fingerprint, "dtype": dtype, "options": how}
             scorecard.write_json(out / "streams.json", {**head, "skipped": skipped, "scores": scores})
             scorecard.write_lines(out / "streams.jsonl", [scorecard.outcome_row(o) for o in outcomes])
@@ -134,20 +133,21 @@ def proactive_command(
         usable = [i for i, sound in enumerate(sounds) if len(sound)]
         if not usable:
             raise BenchmarkError(f"{audio}: none of the {len(items)} sounds is there")
+        _make_folder(out)
         loaded = _load(model, dtype, device, threads)
         how = Hearing(sessions=sessions, threshold=threshold, system_prompt=prompt)
         chosen = [items[i] for i in usable]
-        with _bar("streams", None) as show:
+        streams = -(-len(chosen) // (1 if tier == "single" else proactive.TOGETHER))
+        with _bar("streams", streams) as show:
             verdicts = proactive.run_benchmark(loaded, chosen, [sounds[i] for i in usable], how, tier, show)
         found = proactive.table(verdicts)
-        out.mkdir(parents=True, exist_ok=True)
+        console = Console()
+        for name, figures in found.items():
+            console.print(scorecard.figures_table(f"right decisions, {name}", figures))
         scorecard.write_lines(out / "predictions.jsonl", [v.prediction() for v in verdicts])
         head = {"model": model, "fingerprint": loaded.fingerprint, "tier": tier, "options": how}
         scorecard.write_json(out / "proactive.json", {**head, "skipped": problems, "accuracy": found})
         scorecard.plot_proactive(found, out / "proactive.png")
-        console = Console()
-        for name, figures in found.items():
-            console.print(scorecard.figures_table(f"right decisions, {name}", figures))
         console.print(f"{out}: predictions.jsonl, proactive.json, proactive.png")
 
 
@@ -179,7 +179,7 @@ def offline_command(
         str, typer.Option(help="OpenAI-compatible endpoint that judges answers, such as http://host:8000/v1.")
     ] = "",
     judge_model: Annotated[str, typer.Option(help="Name of its model.")] = "",
-    limit: Annotated[int, typer.Option(help="Only the first so many clips; 0: all.")] = 0,
+    limit: Annotated[int, typer.Option(min=0, help="Only the first so many clips; 0: all.")] = 0,
     sessions: Sessions = 16,
     tokens: Annotated[int, typer.Option(help="Most tokens of a response.")] = 256,
     threshold: Threshold = 0.5,
@@ -275,6 +275,15 @@ def _failures(command: str) -> Iterator[None]:
         raise typer.Exit(2) from error
 
 
+def _make_folder(out: Path | None) -> None:
+    """Before anything is measured: what cannot be written to is found out at once."""
+    try:
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out {out}: cannot be made: {error}") from error
+
+
 def _load(name: str, dtype: str, device: str, threads: int) -> Model:
     import torch
 
@@ -287,7 +296,7 @@ def _load(name: str, dtype: str, device: str, threads: int) -> Model:
         raise ConfigError(
             f"--device {device}: torch {torch.__version__} sees {torch.cuda.device_count()} GPUs"
         )
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(cpu_threads(threads))
     return load(name, dtype=dtype, device=device)
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+
+from ..config import ConfigError
 
 LONGEST = 600  # characters of an error
 
@@ -25,3 +28,13 @@ def one_line(text: str, longest: int | None = None) -> str:
 def complain(command: str, message: object) -> None:
     """One line on standard error: which command, what is wrong."""
     print(f"{' '.join(('fastloop', *command.split()))}: {one_line(str(message), LONGEST)}", file=sys.stderr)
+
+
+def cpu_threads(asked: int) -> int:
+    """What --threads means: 0 is as many as there are cores; more than those would wait for each other."""
+    cores = os.cpu_count() or 1
+    if not 0 <= asked <= cores:
+        raise ConfigError(
+            f"--threads: choose from 1 to {cores}, or 0 for all cores of this machine; got {asked}"
+        )
+    return asked or cores

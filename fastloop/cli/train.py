@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,7 @@ import typer
 
 from ..config import ConfigError
 from ..errors import FastloopError
-from .terminal import complain
+from .terminal import complain, cpu_threads
 
 MISSING = "pip install 'fastloop[train]' installs what training needs"
 
@@ -46,6 +45,9 @@ def train_command(
     except (ConfigError, FastloopError) as error:
         complain("train", str(error))
         raise typer.Exit(2) from error
+    except OSError as error:  # a full disk, a folder that is a file
+        complain("train", f"{error}; a state that is saved in {out} is kept, and --resume goes on from it")
+        raise typer.Exit(1) from error
     raise typer.Exit(0 if finished else 130)
 
 
@@ -60,7 +62,7 @@ def _train(
     from ..soundflow.stage import read_stage
     from ..soundflow.train import MODEL, Trainer
 
-    torch.set_num_threads(threads or os.cpu_count() or 1)
+    torch.set_num_threads(cpu_threads(threads))
     stage = read_stage(name)
     if steps is not None:
         stage = dataclasses.replace(stage, steps=steps)

@@ -19,9 +19,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..config import ConfigError
 from ..quantise import GROUPS, QUANTISERS, Quantised
 from .dispatch import Op, P, R
 
+ISA_VARIABLE = "FASTLOOP_CPU_ISA"  # forces an instruction set; read once, by the module
 ABI_VERSION = 2  # FASTLOOP_ABI_VERSION of csrc/include/fastloop.h that the wrappers here are written for
 
 
@@ -40,6 +42,9 @@ def _load() -> tuple[ModuleType | None, str]:
             f"fastloop._native has ABI version {module.abi_version()}, this code needs {ABI_VERSION}; "
             "it is left over from another build: reinstall fastloop"
         )
+    forced, known = os.environ.get(ISA_VARIABLE, ""), module.isas().split()
+    if forced and forced not in known:
+        raise ConfigError(f"{ISA_VARIABLE} is {forced!r}; this machine has {', '.join(known)}")
     return module, ""
 
 

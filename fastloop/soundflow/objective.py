@@ -12,6 +12,7 @@ Source of the first two: Audio Interaction Model, arXiv 2606.05121; lambda 1 the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..config import ModelConfig
+from ..config import ConfigError, ModelConfig
 from .sequence import IGNORED, TokenSequence
 from .trainable import Trainable
 
@@ -78,6 +79,12 @@ class Weighting:
     probe_weight: float = 0.0
     silence_weight: float = 1.0
     digits_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            number = isinstance(value, (int, float)) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value < 0:
+                raise ConfigError(f"Weighting.{name}: must be a number from 0 on, got {value!r}")
 
 
 class Objective(nn.Module):

@@ -68,15 +68,19 @@ def plot_losses(log: Path, picture: Path) -> None:
     steps = [row["step"] for row in rows]
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
     for name in ("total", "control", "text", "heard", "recognised"):
-        top.plot(steps, smoothed([row[name] for row in rows]), label=name)
+        values = [row[name] for row in rows]
+        if any(value > 0 for value in values):  # a loss without weight is not computed: no curve, no label
+            top.plot(steps, smoothed(values), label=name)
     for name, shown in (("silent_right", "false triggers"), ("respond_right", "missed answers")):
         wrong = smoothed([1 - row[name] for row in rows])
-        bottom.plot(steps, [max(value, 1e-5) for value in wrong], label=f"{shown}, share of chunks")
+        bottom.plot(steps, [max(value, 1e-5) for value in wrong], label=shown)
     for axes in (top, bottom):
         axes.set_yscale("log")
         axes.grid(alpha=0.3)
         axes.legend()
     top.set_ylabel("cross-entropy, nats")
+    top.set_title("means over about 30 steps", loc="left", fontsize=9)
+    bottom.set_ylabel("wrong decisions, share of their chunks")
     bottom.set_xlabel("step")
     figure.savefig(picture, dpi=110)
     pyplot.close(figure)

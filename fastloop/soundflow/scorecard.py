@@ -74,7 +74,7 @@ def plot_streams(scores: Scores, outcomes: Sequence[Outcome], path: Path) -> Non
     _bars(left, scores.recall, "answered", offset=0.2)
     _bars(left, scores.right, "with the right words", offset=-0.2)
     left.set_title("to be answered")
-    left.legend(loc="lower left")
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower left", ncols=2)
     _bars(middle, scores.silence, "no false trigger", offset=0.0)
     middle.set_title("to be ignored: clips that stayed silent")
     delays = [
@@ -85,7 +85,9 @@ def plot_streams(scores: Scores, outcomes: Sequence[Outcome], path: Path) -> Non
     ]
     for k, name in enumerate(("from onset", "from end")):
         right.hist([pair[k] for pair in delays], bins=40, range=(-4, 4), alpha=0.6, label=name)
-    right.set_title("latency of answers, s")
+    right.set_title("latency of answers")
+    right.set_xlabel("seconds, from onset or from end of the sound")
+    right.set_ylabel("answers")
     right.legend()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
@@ -96,20 +98,25 @@ def plot_proactive(found: Mapping[str, Mapping[str, Figure]], path: Path) -> Non
     pyplot = _pyplot()
     rows = {**found["overall"], **found["decision"], **found["domain"], **found["folder"]}
     figure, axes = pyplot.subplots(figsize=(9, 1.5 + 0.28 * len(rows)), layout="constrained")
-    _bars(axes, rows, "right decisions", offset=0.0)
+    _bars(axes, rows, "right decisions", offset=0.0, shown="share of right decisions")
+    axes.set_ylim(0.4, len(rows) + 0.6)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
 
 
 def plot_offline(scores: Mapping[str, Mapping[str, Figure]], path: Path) -> None:
-    """A panel for each figure, a bar for each group."""
+    """A panel for each figure, a bar for each group; at most three panels beside each other."""
     pyplot = _pyplot()
     shown = {name: groups for name, groups in scores.items() if any(f.n for f in groups.values())}
     rows = max((len(groups) for groups in shown.values()), default=1)
-    size = (5 * max(len(shown), 1), 1.5 + 0.28 * rows)
-    figure, axes = pyplot.subplots(1, max(len(shown), 1), figsize=size, layout="constrained", squeeze=False)
-    for panel, (name, groups) in zip(axes[0], shown.items(), strict=False):
-        _bars(panel, groups, name, offset=0.0)
+    across = min(max(len(shown), 1), 3)
+    down = max(-(-len(shown) // across), 1)
+    size = (5 * across, (1.5 + 0.28 * rows) * down)
+    figure, axes = pyplot.subplots(down, across, figsize=size, layout="constrained", squeeze=False)
+    for panel in axes.flat[len(shown) :]:
+        panel.set_axis_off()
+    for panel, (name, groups) in zip(axes.flat, shown.items(), strict=False):
+        _bars(panel, groups, name, offset=0.0, shown="")
         panel.set_title(name.replace("_", " "))
         panel.set_xlim(0, 1.02 * max(1.0, *(f.high for f in groups.values() if f.n)))
     figure.savefig(path, dpi=110)
@@ -125,8 +132,8 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _bars(axes: Any, figures: Mapping[str, Figure], label: str, offset: float) -> None:
-    """Horizontal bars with intervals, the first figure on top."""
+def _bars(axes: Any, figures: Mapping[str, Figure], label: str, offset: float, shown: str = "share") -> None:
+    """Horizontal bars with intervals, the first figure on top; shown: what the axis says."""
     names = [name for name, figure in figures.items() if figure.n]
     places = [len(names) - i + offset for i in range(len(names))]
     values = [figures[name].value for name in names]
@@ -137,3 +144,4 @@ def _bars(axes: Any, figures: Mapping[str, Figure], label: str, offset: float) -
     axes.barh(places, values, height=0.38 if offset else 0.7, xerr=spread, label=label, ecolor="gray")
     axes.set_yticks(places, [f"{name.replace('_', ' ')} ({figures[name].n})" for name in names])
     axes.set_xlim(0, 1.02)
+    axes.set_xlabel(f"{shown}, with its 95 % interval".removeprefix(", "))

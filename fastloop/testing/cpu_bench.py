@@ -56,6 +56,7 @@ def third() -> ModelConfig:
     return dataclasses.replace(small(vocab=vocab), name="3b-third", encoder=whole.encoder, decoder=decoder)
 
 
+MARKERS = ("o", "s", "^")  # of the roofline: ten colours each
 SIZES: dict[str, Callable[[], ModelConfig]] = {"nano": nano, "3b": published_3b, "3b-third": third}
 
 
@@ -386,12 +387,22 @@ def roofline(figures: list[Figure], path: str) -> None:
         axes.annotate(
             f"{key} {best[key] / 1e12:.2f} T/s", (density[-1], roof[-1] / 1e12), ha="right", va="bottom"
         )
-    for name in dict.fromkeys(f.name for f in figures):
+    for number, name in enumerate(dict.fromkeys(f.name for f in figures)):
         group = [f for f in figures if f.name == name]
         x = [f.operations / f.bytes for f in group]
-        axes.loglog(x, [f.operations / f.median_ms / 1e9 for f in group], "o", label=name)
+        y = [f.operations / f.median_ms / 1e9 for f in group]
+        marker, colour = MARKERS[number // 10 % len(MARKERS)], f"C{number % 10}"
+        axes.loglog(x, y, marker, color=colour, label=name)
+        if len(group) > 1:
+            for i, (f, across, up) in enumerate(zip(group, x, y, strict=True)):
+                told, place = f"{f.sessions} x {f.context}", (5, 3 - 8 * (i % 2))  # neighbours: above, below
+                axes.annotate(told, (across, up), place, textcoords="offset points", fontsize=6)
     axes.set_xlabel("operations per byte")
-    axes.set_ylabel("T operations per second")
-    axes.set_title(f"{figures[0].size}, {figures[0].precision}: read {best['read'] / 1e9:.0f} GB/s")
-    axes.legend(fontsize=7)
+    axes.set_ylabel("10¹² operations per second")
+    axes.set_title(
+        f"{figures[0].size}, {figures[0].precision}: read {best['read'] / 1e9:.0f} GB/s from memory; what "
+        "stays in a cache may lie above that line",
+        fontsize=10,
+    )
+    axes.legend(fontsize=7, title="sessions x context at each point", title_fontsize=7)
     plot.savefig(path, dpi=120)

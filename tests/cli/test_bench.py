@@ -62,6 +62,8 @@ def test_formats_of_pages_and_groups_of_weights(tmp_path: Path) -> None:
         (["--sessions", "1,x"], "--sessions is '1,x'"),
         (["--sessions", "0"], "--sessions is '0'"),
         (["--contexts", "-5"], "--contexts is '-5'"),
+        (["--json", "nowhere/b.json"], "nowhere/b.json: there is no folder nowhere"),
+        (["--plot", "nowhere/b.png"], "nowhere/b.png: there is no folder nowhere"),
     ],
 )
 def test_bad_options_are_one_line(arguments: list[str], told: str) -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 import fastloop
 from fastloop.cli import OneLineErrors
+from fastloop.config import ConfigError
 
 Run = Callable[..., Result]
 
@@ -44,7 +45,13 @@ def test_convert_is_wired(run: Run, model_dir: Path, tmp_path: Path) -> None:
     assert result.exit_code != 0 and "missing" in result.stderr and not (tmp_path / "new").exists()
 
 
-ENDS = [(typer.Abort(), 1), (KeyboardInterrupt(), 130), (typer.Exit(7), 7)]
+ENDS = [
+    (typer.Abort(), 1),
+    (KeyboardInterrupt(), 130),
+    (typer.Exit(7), 7),
+    (OSError(28, "No space left on device"), 1),
+    (ConfigError("a wrong setting"), 2),
+]
 
 
 @pytest.mark.parametrize(("raised", "code"), ENDS)
@@ -58,7 +65,10 @@ def test_ways_to_end(raised: BaseException, code: int) -> None:
     def end() -> None:
         raise raised
 
-    assert CliRunner().invoke(app, ["end"], prog_name="fastloop").exit_code == code
+    result = CliRunner().invoke(app, ["end"], prog_name="fastloop")
+    assert result.exit_code == code
+    if isinstance(raised, (OSError, ConfigError)):
+        assert result.stderr == f"fastloop: {raised}\n"
 
 
 def test_errors_of_the_program_are_not_hidden() -> None:

@@ -286,6 +286,8 @@ def test_eval_proactive_writes_predictions(tmp_path: Path, checkpoint: str) -> N
 
 def test_bad_input_is_one_line(tmp_path: Path, checkpoint: str) -> None:
     (tmp_path / "empty").mkdir()
+    file = tmp_path / "a file"
+    file.touch()
     for arguments, words in (
         (("streams", tmp_path / "empty", "--model", checkpoint), "no *.tar"),
         (("streams", two_streams(tmp_path), "--model", checkpoint), "no usable stream"),
@@ -295,6 +297,11 @@ def test_bad_input_is_one_line(tmp_path: Path, checkpoint: str) -> None:
             "none of the 5",
         ),
         (("proactive", manifest(tmp_path), "--audio", tmp_path, "--tier", "x"), "--tier"),
+        (("proactive", manifest(tmp_path), "--audio", tmp_path, "--out", file), "--out"),
+        (
+            ("streams", two_streams(tmp_path), "--split", "train", "--model", checkpoint, "--out", file),
+            "--out",
+        ),
     ):
         code, _, said = run(*arguments)
         assert code == 2, said

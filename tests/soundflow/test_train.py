@@ -184,6 +184,8 @@ def test_directories_are_not_overwritten_and_nothing_is_resumed_from_nowhere(
     ("change", "words"),
     [
         ({"steps": 0}, "Stage.steps"),
+        ({"loss": {"text_weight": -1.0}}, "Weighting.text_weight"),
+        ({"loss": {"control_weight": "1e-3"}}, "Weighting.control_weight"),
         ({"peak_rate": "1e-3"}, "1.0e-3"),
         ({"precision": "half"}, "bfloat16"),
         ({"trains": "decoder."}, "list of strings"),
@@ -229,6 +231,11 @@ def test_the_command_says_in_one_line_what_is_wrong(tmp_path: Path) -> None:
     for arguments, words in (
         (["nano", "--data", str(tmp_path), "--out", str(tmp_path / "o")], "no *.tar"),
         (["none", "--data", str(tmp_path), "--out", str(tmp_path / "o")], "known stages"),
+        (["nano", "--data", str(tmp_path), "--out", str(tmp_path / "o"), "--threads", "-1"], "--threads"),
+        (
+            ["nano", "--data", str(tmp_path), "--out", str(tmp_path / "o"), "--threads", "9999"],
+            "or 0 for all",
+        ),
     ):
         done = CliRunner().invoke(app, ["train", *arguments])
         assert done.exit_code == 2
