@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -100,6 +101,11 @@ def _quantised(report: Report) -> list[str]:
     worst = max(report.errors, key=lambda name: report.errors[name])
     told = f"{mean:.2%} on average, {report.errors[worst]:.2%} at most ({worst})"
     lines = [f"  {report.precision:<8} {len(report.errors)} matrices; relative error {told}"]
+    if others := Counter(kept for kept in report.kept.values() if kept != report.precision):
+        named = ", ".join(f"{count} in {kept}" for kept, count in others.items())
+        lines.append(
+            f"           of them {named}: the encoder's, and those whose inputs fill no whole groups"
+        )
     for layer, errors in layers.items():
         lines.append(
             f"    {layer:<12}" + "  ".join(f"{matrix} {error:.2%}" for matrix, error in errors.items())

@@ -43,7 +43,8 @@ class Report:
     weight_bytes: int
     cast: dict[str, int]  # source tensors that had another dtype: dtype -> how many
     unused: tuple[str, ...]  # source tensors left out on purpose
-    precision: str | None = None  # "int8", "fp8", "int4": the matrices of the layers are kept so
+    precision: str | None = None  # "int8", "fp8", "int4": what was asked for the matrices of the layers
+    kept: dict[str, str] = field(default_factory=dict)  # what each is kept in: int8 where int4 does not fit
     errors: dict[str, float] = field(default_factory=dict)  # ||kept - read|| / ||read|| of those matrices
 
 
@@ -92,6 +93,9 @@ def convert(
         raise CheckpointError(
             f"group {group}: int4 has groups of {GROUPS[0]} or {GROUPS[1]}, nothing else has"
         )
+    if isinstance(dtype, str) and dtype not in (*WEIGHT_DTYPES, *QUANTISERS):
+        known = ", ".join((*WEIGHT_DTYPES, *QUANTISERS))
+        raise CheckpointError(f"dtype {quote(dtype)}: weights are one of {known}")
     if precision:
         dtype = torch.bfloat16
     elif dtype is None:
@@ -121,6 +125,7 @@ def convert(
         cast,
         foreign.unused,
         precision,
+        precisions,
         errors,
     )
 

@@ -93,17 +93,34 @@ def feature_set(
 
 def _write(directory: Path, shards: Sequence[Path], split: str, chunk_frames: int, skipped: Report) -> None:
     chunk_samples = chunk_frames * HOP_SAMPLES
-    first, streams = [0], []
+    first, streams, reasons = [0], [], list[str]()
     with (directory / FRAMES).open("wb") as file:
-        for stream, pcm in read_streams(shards, split, skipped):
+        for stream, pcm in read_streams(shards, split, also(reasons, skipped)):
             whole = F.pad(torch.from_numpy(pcm), (0, -len(pcm) % chunk_samples))
             raw = raw_log_mel(whole, chunk_samples)
             file.write(raw.half().numpy().tobytes())
             first.append(first[-1] + len(raw))
             streams.append(dataclasses.asdict(stream))
     if not streams:
-        raise ShardError(f"no usable stream of split {split!r} in {', '.join(map(str, shards))}")
+        raise nothing_usable(split, shards, reasons)
     (directory / INDEX).write_text(json.dumps({"first": first, "streams": streams}), encoding="utf-8")
+
+
+def also(reasons: list[str], skipped: Report) -> Report:
+    """A Report that keeps what it passes on."""
+
+    def tell(reason: str) -> None:
+        reasons.append(reason)
+        skipped(reason)
+
+    return tell
+
+
+def nothing_usable(split: str | None, places: Sequence[Path], reasons: Sequence[str]) -> ShardError:
+    """The error of a corpus without a stream, with the first reason where there were any."""
+    of = "" if split is None else f" of split {split!r}"
+    why = f": {len(reasons)} could not be used, the first: {reasons[0]}" if reasons else ""
+    return ShardError(f"no usable stream{of} in {', '.join(map(str, places))}{why}")
 
 
 def _open(directory: Path, chunk_frames: int) -> FeatureSet:

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..audio import AudioError
 from .benchmark_files import rows, samples
+from .features import also, nothing_usable
 from .shards import Report, ShardError, Stream, check_length, find_shards, parse_stream, read_streams
 
 Pair = tuple[Stream, np.ndarray]
@@ -19,18 +20,17 @@ def read_truth(paths: Sequence[Path], split: str | None, skipped: Report, limit:
     told what is left out and why; ShardError where nothing is left, BenchmarkError where lines are no JSON.
     """
     pairs: list[Pair] = []
+    reasons: list[str] = []
+    tell = also(reasons, skipped)
     for path in paths:
         lines = path.suffix in (".json", ".jsonl")
-        found = (
-            _read_lines(path, split, skipped) if lines else read_streams(find_shards([path]), split, skipped)
-        )
+        found = _read_lines(path, split, tell) if lines else read_streams(find_shards([path]), split, tell)
         for pair in found:
             pairs.append(pair)
             if limit and len(pairs) >= limit:
                 return pairs
     if not pairs:
-        of = f" of split {split!r}" if split else ""
-        raise ShardError(f"no usable stream{of} in {', '.join(map(str, paths))}")
+        raise nothing_usable(split, paths, reasons)
     return pairs
 
 

@@ -34,6 +34,20 @@ def test_it_tells_what_it_did(published: Path, tmp_path: Path) -> None:
     assert load(tmp_path / "ours").dtype == torch.bfloat16
 
 
+def test_it_tells_which_matrices_int4_does_not_fit(published: Path, tmp_path: Path) -> None:
+    result = run(published, tmp_path / "ours", "--trust-pickle", "--dtype", "int4")  # inputs: 16 and 24
+    assert (result.exit_code, result.stderr) == (0, "")
+    loaded = load(tmp_path / "ours")
+    assert {matrix.precision for matrix in loaded.quantised.values()} == {"int8"}
+    assert f"of them {len(loaded.quantised)} in int8: " in result.stdout
+
+
+def test_an_unknown_dtype_is_told_which_there_are(published: Path, tmp_path: Path) -> None:
+    result = run(published, tmp_path / "ours", "--trust-pickle", "--dtype", "int5")
+    assert result.exit_code == 2 and not (tmp_path / "ours").exists()
+    assert "dtype 'int5': weights are one of float32, bfloat16, float16, int8, int4, fp8" in result.stderr
+
+
 def test_a_pickle_needs_a_word(published: Path, tmp_path: Path) -> None:
     result = run(published, tmp_path / "ours")
     assert result.exit_code == 2 and result.stdout == "" and not (tmp_path / "ours").exists()

@@ -27,7 +27,7 @@ from fastloop.soundflow.proactive import (
     run_benchmark,
     table,
 )
-from fastloop.soundflow.shards import Stream, Turn
+from fastloop.soundflow.shards import ShardError, Stream, Turn
 from fastloop.soundflow.statistics import bootstrap, share
 from fastloop.soundflow.truth import read_truth
 from fastloop.testing.cases import random_model, random_sound
@@ -270,6 +270,11 @@ def test_eval_streams_reads_json_beside_sounds(tmp_path: Path, listed: bool) -> 
     for line, number, words in zip(skipped, (2, 3, 4), ("gone.wav", "lasts 3 s", "duration_s"), strict=True):
         assert line.startswith(f"{file}:{number}: ")
         assert words in line
+    file.write_text("\n".join(rows[1:]))
+    with pytest.raises(
+        ShardError, match=r"no usable stream of split 'train' in .*: 3 could not be used, the"
+    ):
+        read_truth([file], "train", skipped.append)
 
 
 def test_eval_proactive_writes_predictions(tmp_path: Path, checkpoint: str) -> None:

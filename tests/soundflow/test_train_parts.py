@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import json
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +114,22 @@ def test_features_are_computed_once_and_kept_per_set_of_shards(tmp_path: Path) -
     with pytest.raises(ShardError, match="val"):
         feature_set([shard], "val", 40, tmp_path / "cache", print)
     assert len(list((tmp_path / "cache").iterdir())) == 1  # and nothing half made is left
+
+
+def test_why_no_stream_can_be_used_is_said(tmp_path: Path) -> None:
+    shard = tmp_path / "x.tar"
+    with tarfile.open(shard, "w") as tar:
+        for name in ("a", "b"):
+            data = json.dumps(record(name, split="holiday")).encode()
+            info = tarfile.TarInfo(f"{name}.json")
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    told: list[str] = []
+    with pytest.raises(
+        ShardError, match=r"in .*x\.tar: 2 could not be used, the first: x\.tar/a: split: must"
+    ):
+        feature_set([shard], "train", 40, tmp_path / "cache", told.append)
+    assert len(told) == 2
 
 
 # ---- augmentation
