@@ -25,6 +25,10 @@ WITHOUT = "or set FASTLOOP_NO_NATIVE=1 to install without the compiled kernels (
 class CMakeBuild(build_ext):
     """Builds fastloop._native with CMake, where setuptools wants it."""
 
+    def run(self) -> None:
+        self.in_place = bool(self.inplace)  # setuptools takes it back while it builds
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve()
@@ -40,7 +44,7 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={self._pybind11()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target}",
         ]
-        in_place = bool(self.inplace or getattr(self, "editable_mode", False))
+        in_place = self.in_place or bool(getattr(self, "editable_mode", False))
         configure.append(f"-DFASTLOOP_CUDA={'ON' if compiles_cuda(in_place) else 'OFF'}")
         self._run("configuring the compiled kernels", configure)
         jobs = str(self.parallel or os.cpu_count() or 1)
