@@ -18,7 +18,7 @@ from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 
-from .clips import DataError
+from .clips import DataError, read_manifest
 from .grammar import read_scenarios
 from .shards import SPLITS
 from .sounds import Library, known_sounds
@@ -47,6 +47,13 @@ def _check(config: BuildConfig, workers: int) -> None:
         raise DataError(
             f"there is no label {strange[0]!r} to leave out; known: {', '.join(library.labels())}"
         )
+    if config.scenarios:
+        clips = {clip.label for clip in read_manifest(Path(config.manifest))}  # of any split
+        for path in config.scenarios:
+            (scenario,) = read_scenarios([Path(path)])
+            named = {*scenario.beds, *scenario.passing, *scenario.events}
+            if strange := sorted(named - clips - set(known_sounds()) - set(library.filed)):
+                raise DataError(f"{path}: {strange[0]!r} is neither a packaged sound nor a label of a clip")
 
 
 def unused(config: BuildConfig) -> Counter[str]:

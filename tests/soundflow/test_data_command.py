@@ -94,6 +94,9 @@ def test_clips_that_serve_nowhere_are_counted(run: Run, manifest: Path, tmp_path
     scenario.write_text("{scene: park, beds: {rain: 1}, events: {doge: 1, siren: 1, coughing: 1}}")
     result = run("build", "--clips", clips, "--out", tmp_path / "own", "--scenarios", scenario, *length)
     assert result.exit_code == 0 and "doge" not in result.stdout, result.stderr
+    scenario.write_text("{scene: park, beds: {rain: 1}, events: {dogge: 1, siren: 1}}")
+    result = run("build", "--clips", clips, "--out", tmp_path / "no", "--scenarios", scenario, *length)
+    assert result.exit_code == 2 and "park.yaml: 'dogge' is neither a packaged sound" in result.stderr
 
 
 def test_show_counts_what_is_there(run: Run, built: Path) -> None:
