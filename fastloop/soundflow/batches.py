@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
+from ..config import ConfigError, ModelConfig
 from ..text import Tokenizer
 from .augment import Augment, augment, draw_tempo, stretch
 from .features import FeatureSet, clamp
@@ -54,6 +54,8 @@ class BatchPlan:
     other_prompt: float = 0.3
 
     def __post_init__(self) -> None:
+        if not isinstance(self.rows_s, (list, tuple)) or not self.rows_s:
+            raise ConfigError(f"BatchPlan.rows_s: must be a list of seconds, got {self.rows_s!r}")
         object.__setattr__(self, "rows_s", tuple(self.rows_s))  # a list, where it comes from YAML or JSON
 
 

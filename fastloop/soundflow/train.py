@@ -1,6 +1,6 @@
 """A training run: stage + shards -> a directory with the model, its state, a log and a plot.
 
-    OUT/stage.json  model.json  tokenizer.json  classes.json    what is trained, fixed at the start
+    OUT/stage.json  model.json  tokenizer.json  classes.json  data.json    what is trained, fixed at the start
     OUT/features/                                 log-mel of the shards, computed once
     OUT/state.ckpt                                weights, optimiser, step: what `resume` goes on from
     OUT/model/                                    the weights as a checkpoint that the runtime loads
@@ -14,12 +14,14 @@ the bit on a CPU in float32.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,7 +46,7 @@ from .stage import PRECISIONS, Stage, stage_from
 from .trainable import Trainable, initial_weights
 
 STATE, LOG, PLOT = "state.ckpt", "log.csv", "loss.png"
-MODEL, STAGE, CONFIG, CLASSES = "model", "stage.json", "model.json", "classes.json"
+MODEL, STAGE, CONFIG, CLASSES, DATA = "model", "stage.json", "model.json", "classes.json", "data.json"
 ROOT = "model.root."  # prefix of the model's own weights in a state
 
 
@@ -96,8 +98,11 @@ class Trainer:
         given = self._given(source, resume)
         features = self._features(shards, given, skipped)
         self.config, self.tokenizer, weights = given or self._new(features)
-        if not resume and self.fabric.is_global_zero:
-            self._describe()
+        streams = fingerprint(features)
+        if resume:
+            self._check_data(streams)
+        elif self.fabric.is_global_zero:
+            self._describe(streams)
         classes = self._classes(features, resume)
         self.batches, self.late = (
             Batches(
@@ -121,18 +126,38 @@ class Trainer:
             self._restore()
 
     def _check_directory(self, resume: bool) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
         exists = (self.out / STATE).exists()
         if exists and not resume:
             raise TrainError(f"{self.out / STATE} exists: give --resume to go on, or another --out")
         if resume and not exists:
             raise TrainError(f"{self.out / STATE}: nothing to resume from")
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def _kept(self, name: str, parse: Callable[[str], Any]) -> Any:
+        """What a file of the run so far holds."""
+        try:
+            return parse((self.out / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, TypeError, FastloopError) as error:
+            raise self._damaged(name, error) from error
+
+    def _damaged(self, name: str, error: Exception) -> TrainError:
+        return TrainError(
+            f"{self.out / name}: missing or damaged: {error}; start anew in another --out, with --from "
+            f"{self.out / MODEL} if that is whole"
+        )
+
+    def _check_data(self, streams: str) -> None:
+        if self._kept(DATA, json.loads) != streams:
+            raise TrainError(
+                f"{self.out}: --data holds other streams than in the run so far; give the same shards in the "
+                f"same order, or start anew in another --out with --from {self.out / MODEL}"
+            )
 
     def _given(self, source: str | None, resume: bool) -> Start | None:
         """What the run goes on from: itself, or the checkpoint `source`; None: a new model."""
         if resume:
-            config = ModelConfig.from_json((self.out / CONFIG).read_text(encoding="utf-8"), CONFIG)
-            tokenizer = Tokenizer.from_file(self.out / TOKENIZER)
+            config = self._kept(CONFIG, lambda text: ModelConfig.from_json(text, CONFIG))
+            tokenizer = self._kept(TOKENIZER, Tokenizer.from_json)
             return config, tokenizer, initial_weights(config, self.stage.seed)  # _restore fills them
         if source is None:
             return None
@@ -162,8 +187,9 @@ class Trainer:
         config, tokenizer = self.stage.model.build([*spoken(features.streams), *self.stage.prompts])
         return config, tokenizer, initial_weights(config, self.stage.seed)
 
-    def _describe(self) -> None:
+    def _describe(self, streams: str) -> None:
         """What is trained, for whoever resumes or exports."""
+        (self.out / DATA).write_text(json.dumps(streams), encoding="utf-8")
         (self.out / CONFIG).write_text(self.config.to_json(), encoding="utf-8")
         (self.out / TOKENIZER).write_text(self.tokenizer.to_json(), encoding="utf-8")
         self._describe_stage()
@@ -175,7 +201,7 @@ class Trainer:
         """The classes of the probes, fixed at the start of a run."""
         path = self.out / CLASSES
         if resume:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return self._kept(CLASSES, json.loads)
         classes = sound_classes(features.streams)
         if self.fabric.is_global_zero:
             path.write_text(json.dumps(classes, indent=1), encoding="utf-8")
@@ -202,9 +228,12 @@ class Trainer:
         return module, self.fabric.setup_optimizers(optimizer)
 
     def _restore(self) -> None:
-        before = stage_from(json.loads((self.out / STAGE).read_text(encoding="utf-8")), STAGE)
+        before = self._kept(STAGE, lambda text: stage_from(json.loads(text), STAGE))
         state = {"model": self.objective, "optimizer": self.optimizer, "step": 0}
-        self.fabric.load(self.out / STATE, state)
+        try:
+            self.fabric.load(self.out / STATE, state)
+        except (OSError, RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise self._damaged(STATE, error) from error
         self.step = int(state["step"])
         if not self.stage.same_path(before, self.step):
             raise TrainError(
@@ -284,6 +313,14 @@ class Trainer:
             os.replace(part, self.out / STATE)
             export(self.out, self.out / MODEL)
         self.fabric.barrier()
+
+
+def fingerprint(features: FeatureSet) -> str:
+    """Of the records of all streams, in order: two runs that draw the same batches have the same one."""
+    told = hashlib.sha256()
+    for stream in features.streams:
+        told.update(json.dumps(dataclasses.asdict(stream)).encode())
+    return told.hexdigest()
 
 
 def export(run: Path, to: Path, dtype: torch.dtype = torch.bfloat16) -> Path:

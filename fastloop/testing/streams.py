@@ -50,13 +50,13 @@ def flac(seconds: float, seed: int = 0, rate: int = SAMPLE_RATE) -> bytes:
     return buffer.getvalue()
 
 
-def two_streams(directory: Path, split: str = "train") -> Path:
-    """A shard of two streams, of 4 and 5.3 s."""
+def two_streams(directory: Path, split: str = "train", seconds: float = 5.3) -> Path:
+    """A shard of two streams, of 4 and of `seconds`."""
     directory.mkdir(parents=True, exist_ok=True)
-    lengths = {"a": 4.0, "b": 5.3}
+    lengths = {"a": 4.0, "b": seconds}
     samples = [
-        (record(name, seconds, split=split), flac(seconds, seed))
-        for seed, (name, seconds) in enumerate(lengths.items())
+        (record(name, length, split=split), flac(length, seed))
+        for seed, (name, length) in enumerate(lengths.items())
     ]
     return write_shard(directory / f"{split}-0.tar", samples)
 

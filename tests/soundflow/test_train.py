@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +122,36 @@ def test_a_stop_signal_saves_and_the_run_goes_on_from_there(
     assert trainer.step == 3
     assert Trainer(tiny(), [shard], tmp_path, resume=True).run()
     assert same(losses_of(tmp_path), losses_of(whole))
+
+
+def test_a_run_does_not_go_on_with_other_streams(whole: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "run", two_streams(tmp_path / "other", seconds=6.1)
+    shutil.copytree(whole, out)
+    before = (out / STATE).read_bytes()
+    with pytest.raises(TrainError, match="--data holds other streams"):
+        Trainer(tiny(), [other], out, resume=True)
+    assert (out / STATE).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name", [STATE, "stage.json", "model.json", "tokenizer.json", "classes.json", "data.json"]
+)
+@pytest.mark.parametrize("left", [0, 9])
+def test_a_damaged_run_is_named_and_says_what_to_do(
+    shard: Path, whole: Path, tmp_path: Path, name: str, left: int
+) -> None:
+    out = tmp_path / "run"
+    shutil.copytree(whole, out)
+    (out / name).write_bytes((out / name).read_bytes()[:left])
+    with pytest.raises(TrainError, match=re.escape(f"{out / name}: missing or damaged") + ".*--from"):
+        Trainer(tiny(), [shard], out, resume=True)
+    assert load(out / MODEL).config.name == "tiny", "what was trained is still there"
+
+
+def test_a_run_that_cannot_resume_leaves_no_directory(shard: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainError, match="nothing to resume"):
+        Trainer(tiny(), [shard], tmp_path / "none", resume=True)
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_run_learns(shard: Path, tmp_path: Path) -> None:
