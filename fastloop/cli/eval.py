@@ -58,14 +58,16 @@ def streams_command(
     \b
     A line of the manifest is what `fastloop data` writes beside a sound: id, stream_scene_type, ability,
     sub_task, split, duration_s, audio_path (relative to the manifest) and turns (label, assistant,
-    start_s, end_s, answer_s). Every figure has a 95 % interval.
+    start_s, end_s, answer_s). Every figure has a 95 % interval. Answers are kept in --out as they come: the
+    same command goes on where it was cut off.
     Examples:
       fastloop eval streams corpus --model demo --out report
       fastloop eval streams street.jsonl --model runs/nano/model --threshold 0.8
     """
     with _failures("streams"):
         from ..soundflow import evaluate, scorecard
-        from ..soundflow.hear import Hearing, hear
+        from ..soundflow.hear import Hearing
+        from ..soundflow.kept import hear_kept
         from ..soundflow.truth import read_truth
 
         loaded = _load(model, dtype, device, threads)
@@ -74,18 +76,20 @@ def streams_command(
         _make_folder(out)
         _report_skipped("streams", skipped)
         how = Hearing(sessions=sessions, threshold=threshold, window_s=window)
+        names, sounds = [stream.id for stream, _ in pairs], [pcm for _, pcm in pairs]
+        file = None if out is None else out / "streams.answers.jsonl"
         began = time.monotonic()
         with _bar("streams", len(pairs)) as show:
-            answers = hear(loaded, [pcm for _, pcm in pairs], how, show)
+            heard = hear_kept(loaded, names, sounds, how, file, show)
         wall_s = time.monotonic() - began
-        outcomes = [evaluate.match(stream, said) for (stream, _), said in zip(pairs, answers, strict=True)]
+        found = zip(pairs, heard.answers, strict=True)
+        outcomes = [evaluate.match(stream, said) for (stream, _), said in found]
         scores = evaluate.score(outcomes)
         console = Console()
-        speed = scores.hours * 3600 / wall_s
-        console.print(
-            f"{model}: {scores.streams} streams, {scores.hours:.2f} h, {speed:.1f} x real time, "
-            f"{sessions} side by side"
-        )
+        pace = [f"{len(heard.before)} of them answered before"] if heard.before else []
+        if now_s := sum(stream.seconds for i, (stream, _) in enumerate(pairs) if i not in heard.before):
+            pace.append(f"{now_s / wall_s:.1f} x real time, {sessions} side by side")
+        console.print(f"{model}: {scores.streams} streams, {scores.hours:.2f} h, {', '.join(pace)}")
         console.print(scorecard.figures_table("all", scores.figures))
         console.print(scorecard.figures_table("right words, by label", scores.right))
         console.print(scorecard.figures_table("silence kept, by label", scores.silence))
@@ -116,7 +120,8 @@ def proactive_command(
     """Proactive-Sound-Effect-Benchmark: respond or ignore, by domain and folder.
 
     \b
-    predictions.jsonl is what the benchmark's own evaluate.py reads (id, _raw_reply).
+    predictions.jsonl is what the benchmark's own evaluate.py reads (id, _raw_reply). Answers are kept in
+    --out as they come: the same command goes on where it was cut off.
     Example:
       fastloop eval proactive proactive_reply_benchmark.jsonl --audio . --model demo --out report
     """
@@ -139,7 +144,8 @@ def proactive_command(
         chosen = [items[i] for i in usable]
         streams = -(-len(chosen) // (1 if tier == "single" else proactive.TOGETHER))
         with _bar("streams", streams) as show:
-            verdicts = proactive.run_benchmark(loaded, chosen, [sounds[i] for i in usable], how, tier, show)
+            used, file = [sounds[i] for i in usable], out / "proactive.answers.jsonl"
+            verdicts = proactive.run_benchmark(loaded, chosen, used, how, tier, show, file)
         found = proactive.table(verdicts)
         console = Console()
         for name, figures in found.items():

@@ -6,8 +6,9 @@ decision it was.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -55,19 +56,26 @@ def hear(
     sounds: Sequence[np.ndarray],
     how: Hearing,
     progress: Callable[[int], None] = lambda done: None,
+    before: Mapping[int, list[Answer]] = MappingProxyType({}),
+    keep: Callable[[int, list[Answer]], None] = lambda index, answers: None,
 ) -> list[list[Answer]]:
     """Each sound, float32 [S] at 16 kHz, as a stream of its own -> its answers, in the order of `sounds`.
 
-    progress is told how many sounds are done. FastloopError where a session failed.
+    progress is told how many sounds are done; keep, as each ends, its place in `sounds` and its answers.
+    before: answers that are there already; those sounds are not heard. FastloopError where a session failed.
     """
-    found: list[list[Answer]] = [[] for _ in sounds]
-    order = sorted(range(len(sounds)), key=lambda i: len(sounds[i]))  # those side by side end together
+    found = [before.get(i, []) for i in range(len(sounds))]
+    missing = (i for i in range(len(sounds)) if i not in before)
+    order = sorted(missing, key=lambda i: len(sounds[i]))  # those side by side end together
     streams = (Told(i, sounds[i], how.session(len(sounds[i]) / SAMPLE_RATE)) for i in order)
-    if not found:
+    progress(len(before))
+    if not order:
         return found
+    # As many sessions as for all of them: the room that the last ones left have is what the whole run gave.
     with Engine(model, EngineConfig(max_sessions=min(how.sessions, len(sounds)))) as engine:
-        for done, (index, answers) in enumerate(converse(engine, streams), start=1):
+        for done, (index, answers) in enumerate(converse(engine, streams), start=len(before) + 1):
             found[index] = answers
+            keep(index, answers)
             progress(done)
     return found
 

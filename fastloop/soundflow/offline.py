@@ -6,13 +6,11 @@ asked stands in the system prompt, and all that is said counts; where the questi
 clip, what is said from its beginning on. An instruction that is heard follows its clip after a pause.
 
 The answers file has a line for each clip, `id`, `prompt`, `reference`, `response` (what VoiceBench's own
-judge reads), written as they come. A run that was cut off goes on behind its last whole line; what it was
-run with stands beside it and must be the same.
+judge reads), written as they come (kept.py): a run that was cut off goes on behind its last whole line.
 """
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,8 +29,8 @@ from .benchmark_files import BenchmarkError, samples
 from .benchmarks import Item
 from .clips import DataError
 from .hear import Answer, Hearing, Told, converse
+from .kept import kept, read_lines, run_of
 from .proactive import GRACE_S, LEAD_S
-from .scorecard import plain
 
 MODES = ("offline", "streaming")
 PAUSE_S = 0.6  # between a clip and the question that is spoken about it
@@ -121,45 +119,38 @@ def answer(
     `progress` is told how many items are done. BenchmarkError where the file is not what `answer` wrote or
     belongs to another run; FastloopError where a session failed.
     """
-    _same_run(file, model, how)
-    lines = read_answers(file)
-    _same_set(file, items, lines)
-    found = {name: str(line["response"]) for name, line in lines.items()}
-    todo = [item for item in items if item.id not in found]
-    if any(isinstance(item.spoken, str) for item in todo) and not voices.available():
-        raise BenchmarkError(voices.MISSING)
-    done = len(items) - len(todo)
-    progress(done)
-    played_from: dict[int, float] = {}
+    with kept(file, described(model, how)) as add:
+        lines = read_answers(file)
+        _same_set(file, items, lines)
+        found = {name: str(line["response"]) for name, line in lines.items()}
+        todo = [item for item in items if item.id not in found]
+        if any(isinstance(item.spoken, str) for item in todo) and not voices.available():
+            raise BenchmarkError(voices.MISSING)
+        done = len(items) - len(todo)
+        progress(done)
+        played_from: dict[int, float] = {}
 
-    def told() -> Iterator[Told]:
-        nonlocal done
-        for index, item in enumerate(todo):
-            try:
-                played = play(item, how.mode)
-            except (AudioError, DataError, OSError) as error:
-                skipped(f"{item.id}: {error}")
-                done += 1
-                continue
-            played_from[index] = played.from_s
-            yield Told(index, played.pcm, session(model, item, how, len(played.pcm) / SAMPLE_RATE))
+        def told() -> Iterator[Told]:
+            nonlocal done
+            for index, item in enumerate(todo):
+                try:
+                    played = play(item, how.mode)
+                except (AudioError, DataError, OSError) as error:
+                    skipped(f"{item.id}: {error}")
+                    done += 1
+                    continue
+                played_from[index] = played.from_s
+                yield Told(index, played.pcm, session(model, item, how, len(played.pcm) / SAMPLE_RATE))
 
-    if not todo:
-        return {item.id: found[item.id] for item in items}
-    try:
-        with (
-            Engine(model, EngineConfig(max_sessions=min(how.hearing.sessions, len(todo)))) as engine,
-            file.open("a", encoding="utf-8") as out,
-        ):
+        if not todo:
+            return {item.id: found[item.id] for item in items}
+        with Engine(model, EngineConfig(max_sessions=min(how.hearing.sessions, len(items)))) as engine:
             for index, said in converse(engine, told()):
                 item = todo[index]
                 found[item.id] = reply(said, played_from.pop(index) if how.mode == "streaming" else 0.0)
-                out.write(json.dumps(_line(item, found[item.id]), ensure_ascii=False) + "\n")
-                out.flush()
+                add(_line(item, found[item.id]))
                 done += 1
                 progress(done)
-    except OSError as error:
-        raise BenchmarkError(f"{file}: cannot be written: {error}; what is in it is kept") from error
     return {item.id: found[item.id] for item in items if item.id in found}
 
 
@@ -175,28 +166,7 @@ def _line(item: Item, response: str) -> dict[str, Any]:
 
 def read_answers(file: Path) -> dict[str, dict[str, Any]]:
     """id -> line. A last line that was cut off is dropped, from the file too."""
-    if not file.exists():
-        return {}
-    try:
-        data = file.read_bytes()
-        whole = data.rfind(b"\n") + 1
-        if whole < len(data):
-            with file.open("r+b") as cut:
-                cut.truncate(whole)
-    except OSError as error:
-        raise BenchmarkError(f"{file}: cannot be read: {error}") from error
-    found: dict[str, dict[str, Any]] = {}
-    for number, line in enumerate(data[:whole].split(b"\n")[:-1], start=1):
-        where = f"{file}:{number}"
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise BenchmarkError(f"{where}: not valid JSON: {error}") from error
-        for name in ("id", "response"):
-            if not isinstance(values, dict) or not isinstance(values.get(name), str):
-                raise BenchmarkError(f"{where}: field {name!r} must be a string")
-        found[values["id"]] = values
-    return found
+    return {values["id"]: values for _, values in read_lines(file, ("id", "response"))}
 
 
 def _same_set(file: Path, items: Sequence[Item], lines: Mapping[str, Mapping[str, Any]]) -> None:
@@ -205,39 +175,13 @@ def _same_set(file: Path, items: Sequence[Item], lines: Mapping[str, Mapping[str
         asked = lines.get(item.id, {}).get("prompt", item.prompt)
         if asked != item.prompt:
             raise BenchmarkError(
-                f"{file}: of another set: {item.id!r} was {asked!r}, is {item.prompt!r}; name another --out"
+                f"{file}: of another set: {item.id!r} was {asked!r}, is {item.prompt!r}; name another "
+                "--out, or remove that file"
             )
 
 
 def described(model: Model, how: How) -> dict[str, Any]:
     """What the answers depend on; sessions side by side do not change them."""
-    idle = ("sessions",) if how.mode == "streaming" else ("sessions", "threshold", "window_s")
-    options = {k: v for k, v in plain(how.hearing).items() if k not in idle}
-    said = {"mode": how.mode, "instruction": how.instruction, "spoken": how.spoken, **options}
-    return {"fingerprint": model.fingerprint, "dtype": str(model.dtype), **said}
-
-
-def _same_run(file: Path, model: Model, how: How) -> None:
-    """Note what a new run is run with; BenchmarkError where `file` is of another one."""
-    beside, own = file.with_suffix(".run.json"), described(model, how)
-    if not file.exists() or not file.stat().st_size:
-        part = beside.with_suffix(".part")
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(own, indent=1) + "\n", encoding="utf-8")
-            part.replace(beside)
-        except OSError as error:
-            raise BenchmarkError(f"{beside}: cannot be written: {error}") from error
-        return
-    try:
-        before = json.loads(beside.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise BenchmarkError(f"{file}: of an unknown run: {beside} cannot be read: {error}") from error
-    if before != own:
-        raise BenchmarkError(f"{file}: of another run ({_difference(before, own)}); name another --out")
-
-
-def _difference(before: Any, now: Mapping[str, Any]) -> str:
-    before = before if isinstance(before, dict) else {}
-    names = [name for name in {**before, **now} if before.get(name) != now.get(name)]
-    return ", ".join(f"{name} was {before.get(name)!r}, is {now.get(name)!r}" for name in names)
+    idle = () if how.mode == "streaming" else ("threshold", "window_s")
+    own = {"mode": how.mode, "instruction": how.instruction, "spoken": how.spoken}
+    return run_of(model, how.hearing, idle) | own

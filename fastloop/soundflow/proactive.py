@@ -18,7 +18,8 @@ from ..audio import AudioError
 from ..checkpoint import Model
 from ..config import SAMPLE_RATE
 from .benchmark_files import BenchmarkError, Row, rows, samples, text
-from .hear import Answer, Hearing, hear
+from .hear import Answer, Hearing
+from .kept import hear_kept
 from .statistics import Figure, share
 
 RESPOND, IGNORE = "RESPOND", "IGNORE"
@@ -110,13 +111,18 @@ def run_benchmark(
     how: Hearing,
     tier: str = "single",
     progress: Callable[[int], None] = lambda done: None,
+    file: Path | None = None,
 ) -> list[Verdict]:
-    """Items and their sounds -> verdicts in the order of the items; `progress` gets streams done."""
+    """Items and their sounds -> verdicts in the order of the items; `progress` gets streams done.
+
+    file: answers are kept there as streams end, and a run that was cut off goes on (`hear_kept`).
+    """
     together = 1 if tier == "single" else TOGETHER
     order = np.random.default_rng(0).permutation(len(items)) if together > 1 else np.arange(len(items))
     groups = [[int(i) for i in order[k : k + together]] for k in range(0, len(order), together)]
     joined = [_join([sounds[i] for i in group]) for group in groups]
-    answers = hear(model, [pcm for pcm, _ in joined], how, progress)
+    names = [" + ".join(items[i].id for i in group) for group in groups]
+    answers = hear_kept(model, names, [pcm for pcm, _ in joined], how, file, progress, tier=tier).answers
     replies: dict[int, str | None] = {}
     for group, (_, spans), said in zip(groups, joined, answers, strict=True):
         for index, span in zip(group, spans, strict=True):

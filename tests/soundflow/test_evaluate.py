@@ -184,7 +184,7 @@ def test_an_item_of_a_longer_stream_is_judged_by_its_own_time() -> None:
         return said
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastloop.soundflow.proactive.hear", answering)
+        patch.setattr("fastloop.soundflow.kept.hear", answering)
         verdicts = run_benchmark(random_model(), items, sounds, Hearing(), "multi")
     order = np.random.default_rng(0).permutation(3)
     assert [verdicts[i].reply for i in order] == [None, "second", "late third"]
