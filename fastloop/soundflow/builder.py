@@ -13,13 +13,14 @@ import multiprocessing
 import os
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
 from pathlib import Path
 
 from .clips import DataError, read_manifest
 from .grammar import read_scenarios
+from .lock import alone
 from .shards import SPLITS
 from .sounds import Library, known_sounds
 from .workshop import BuildConfig, Built, Workshop, fingerprint
@@ -68,12 +69,30 @@ def unused(config: BuildConfig) -> Counter[str]:
     return Counter(clip.label for clip in library.clips.values() if clip.id not in filed)
 
 
+@contextlib.contextmanager
+def _claimed(config: BuildConfig, out: Path) -> Iterator[None]:
+    """Have the split of this folder for one build: what a second one would find half-written is at work."""
+    lock = out / f"{config.split}.build.lock"
+    with contextlib.ExitStack() as stack:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            free = alone(stack.enter_context(lock.open("a")))
+        except OSError as error:
+            raise DataError(f"{out}: cannot be used: {error}") from error
+        if not free:
+            raise DataError(
+                f"{out}: another build of its {config.split} corpus is at work; wait for it, or choose "
+                "another --out"
+            )
+        _claim(config, out)
+        yield
+
+
 def _claim(config: BuildConfig, out: Path) -> None:
     """Note in `<split>.build.json` what is being built; DataError where it is something else already."""
     note = out / f"{config.split}.build.json"
     mine = {"fingerprint": fingerprint(config), **asdict(config)}
     try:
-        out.mkdir(parents=True, exist_ok=True)
         if note.exists():
             before = json.loads(note.read_text(encoding="utf-8"))
             if before.get("fingerprint") != mine["fingerprint"]:
@@ -85,7 +104,9 @@ def _claim(config: BuildConfig, out: Path) -> None:
                     "or remove it"
                 )
         else:
-            note.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+            part = note.with_suffix(".part")  # a note that a kill cut in half would be of no build
+            part.write_text(json.dumps(mine, indent=1) + "\n", encoding="utf-8")
+            part.replace(note)
         for left in out.glob(f".{config.split}-*.partial"):
             left.unlink()
     except (OSError, ValueError) as error:
@@ -104,25 +125,26 @@ def build(
     """Make the shards that `out` lacks, with `workers` processes (0: in this one), or with Ray Data.
 
     progress: called after each shard with the totals so far and the number of shards. DataError where
-    anything is wrong; shards that were finished stay, and the next call goes on after them.
+    anything is wrong, or another build is at work in `out`; shards that were finished stay, and the next
+    call goes on after them.
     """
     _check(config, workers)
-    _claim(config, out)
-    missing = [n for n in range(config.shards) if not (out / config.shard_name(n)).exists()]
-    total = Built(found=config.shards - len(missing))
-    if ray:
-        from .ray_builder import build_with_ray
+    with _claimed(config, out):
+        missing = [n for n in range(config.shards) if not (out / config.shard_name(n)).exists()]
+        total = Built(found=config.shards - len(missing))
+        if ray:
+            from .ray_builder import build_with_ray
 
-        results = build_with_ray(config, out, missing, workers)
-    elif workers > 0:
-        results = _parallel(config, out, missing, workers)
-    else:
-        results = (make_shard(config, number, out) for number in missing)
-    with contextlib.closing(results):
-        for each in results:
-            total.add(each)
-            if progress is not None:
-                progress(dataclasses.replace(total), config.shards)
+            results = build_with_ray(config, out, missing, workers)
+        elif workers > 0:
+            results = _parallel(config, out, missing, workers)
+        else:
+            results = (make_shard(config, number, out) for number in missing)
+        with contextlib.closing(results):
+            for each in results:
+                total.add(each)
+                if progress is not None:
+                    progress(dataclasses.replace(total), config.shards)
     return total
 
 

@@ -177,6 +177,39 @@ def test_workers_end_with_a_build_that_was_killed(config: BuildConfig, tmp_path:
         assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] in "ZX"
 
 
+def test_a_second_build_in_the_same_folder_is_refused_while_one_is_at_work(
+    config: BuildConfig, tmp_path: Path
+) -> None:
+    half = tmp_path / ".train-00002.tar.4711.partial"
+    tried: list[int] = []
+
+    def second(so_far: object, shards: int) -> None:
+        half.write_bytes(b"of the first")
+        with pytest.raises(DataError, match="another build of its train corpus is at work; wait for it"):
+            build(config, tmp_path)
+        assert half.exists()
+        tried.append(shards)
+
+    build(config, tmp_path, progress=second)
+    assert tried == [3, 3, 3]
+    assert build(config, tmp_path).found == 3  # what has ended is no hindrance
+    assert not half.exists()
+
+
+def test_a_note_that_a_full_disk_cut_off_does_not_stop_the_next_build(
+    config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, text: str, encoding: str) -> None:
+        path.write_bytes(text.encode()[:40])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    short = replace(config, hours=16 / 3600)
+    with monkeypatch.context() as patched, pytest.raises(DataError, match=r"cannot be used: .*No space"):
+        patched.setattr(Path, "write_text", full)
+        build(short, tmp_path)
+    assert build(short, tmp_path).made == 1
+
+
 def test_another_corpus_in_the_same_folder_is_refused(
     config: BuildConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
