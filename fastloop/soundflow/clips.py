@@ -112,7 +112,7 @@ def _clip(row: Any, folder: Path, where: str) -> Clip:
         active=tuple((float(a), float(b)) for a, b in active),
         text=field("text", str, ""),
         words=tuple((str(w), float(a), float(b)) for w, a, b in words),
-        group=row.get("speaker") or row.get("source_group") or name,
+        group=field("speaker", str) or field("source_group", str) or name,
     )
 
 

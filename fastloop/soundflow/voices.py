@@ -103,7 +103,10 @@ def draw(rng: Rng, split: str, language: str = "en") -> Voice:
 @functools.cache
 def _languages() -> frozenset[str]:
     """What espeak-ng can speak: asked for anything else, it takes its default voice without a word."""
-    done = subprocess.run(["espeak-ng", "--voices"], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([ESPEAK, "--voices"], capture_output=True, text=True, timeout=60, check=False)
+    if done.returncode != 0:
+        why = done.stderr.strip()
+        raise DataError(f"{ESPEAK} --voices failed ({done.returncode}): {why}")
     return frozenset(line.split()[1] for line in done.stdout.splitlines()[1:] if len(line.split()) > 1)
 
 

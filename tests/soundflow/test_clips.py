@@ -62,6 +62,9 @@ def test_fields_are_read(tmp_path: Path) -> None:
         ({"active": [0.1, 0.5]}, "field 'active'"),
         ({"words": [["a", 0.1]]}, "field 'words'"),
         ({"expected": "maybe"}, "field 'expected'"),
+        ({"speaker": {"name": "x"}}, "field 'speaker' is {'name': 'x'}, a dict"),
+        ({"speaker": 7}, "field 'speaker' is 7, a int"),
+        ({"source_group": ["x"]}, "field 'source_group' is ['x'], a list"),
     ],
 )
 def test_a_wrong_field_is_named_with_its_line(tmp_path: Path, change: dict[str, Any], named: str) -> None:
@@ -69,6 +72,16 @@ def test_a_wrong_field_is_named_with_its_line(tmp_path: Path, change: dict[str, 
     with pytest.raises(DataError, match=r"manifest\.jsonl:2: ") as error:
         read_manifest(file)
     assert named in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "group"),
+    [({"speaker": "x", "source_group": "y"}, "x"), ({"speaker": None, "source_group": "y"}, "y"), ({}, "a")],
+)
+def test_clips_of_one_speaker_or_origin_are_a_group(
+    tmp_path: Path, fields: dict[str, Any], group: str
+) -> None:
+    assert read_manifest(write(tmp_path, GOOD | fields))[0].group == group
 
 
 @pytest.mark.parametrize("line", ["{", "[1]", "\u00ff"])

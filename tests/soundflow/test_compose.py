@@ -288,6 +288,18 @@ def test_voices_have_names_that_say_everything() -> None:
     assert set(voices.VARIANTS["train"]).isdisjoint(voices.VARIANTS["val"])
 
 
+def test_an_espeak_that_fails_to_list_its_voices_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "espeak-ng"
+    fake.write_text("#!/bin/sh\necho no room for the data >&2\nexit 3\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    voices._languages.cache_clear()
+    with pytest.raises(DataError, match=r"espeak-ng --voices failed \(3\): no room for the data"):
+        voices.speak(voices.Voice("en-us", 150, 50), "not said before")
+
+
 def test_speech_without_espeak_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(voices.shutil, "which", lambda name: None)
     with pytest.raises(DataError, match="apt-get install espeak-ng"):
