@@ -10,6 +10,7 @@ import functools
 import io
 import math
 import shutil
+import signal
 import subprocess
 import tempfile
 from dataclasses import dataclass
@@ -105,8 +106,7 @@ def _languages() -> frozenset[str]:
     """What espeak-ng can speak: asked for anything else, it takes its default voice without a word."""
     done = subprocess.run([ESPEAK, "--voices"], capture_output=True, text=True, timeout=60, check=False)
     if done.returncode != 0:
-        why = done.stderr.strip()
-        raise DataError(f"{ESPEAK} --voices failed ({done.returncode}): {why}")
+        raise DataError(f"{ESPEAK} --voices failed: {_why(done.returncode, done.stderr)}")
     return frozenset(line.split()[1] for line in done.stdout.splitlines()[1:] if len(line.split()) > 1)
 
 
@@ -160,9 +160,15 @@ def _flite(voice: Voice, text: str) -> tuple[np.ndarray, int]:
 def _said(command: list[str], voice: Voice, text: str) -> subprocess.CompletedProcess[bytes]:
     done = subprocess.run(command, input=text.encode(), capture_output=True, timeout=60, check=False)
     if done.returncode != 0:
-        why = done.stderr.decode(errors="replace").strip()
-        raise DataError(f"{voice.engine} with voice {voice.name!r} failed ({done.returncode}): {why}")
+        why = _why(done.returncode, done.stderr.decode(errors="replace"))
+        raise DataError(f"{voice.engine} with voice {voice.name!r} failed: {why}")
     return done
+
+
+def _why(code: int, stderr: str) -> str:
+    """What a failed engine said, or what ended it: one that a signal ends says nothing."""
+    ended = f"exit status {code}" if code > 0 else signal.strsignal(-code) or f"signal {-code}"
+    return f"{ended}: {stderr.strip()}" if stderr.strip() else ended
 
 
 def _sized(wav: bytes) -> bytes:
