@@ -80,7 +80,7 @@ def test_a_shard_that_cannot_be_written_leaves_nothing(
     ):
         patched.setattr(shards.os, "fsync", full)
         build(config, tmp_path / "full")
-    assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["train.build.json"]
+    assert sorted(p.name for p in (tmp_path / "full").iterdir()) == ["train.build.json", "train.build.lock"]
     build(config, tmp_path / "full")
     name = "train-00000.tar"
     assert hashes(tmp_path / "full")[name] == hashes(tmp_path / "reference")[name]
