@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 
 from fastloop.testing.assertions import seeded
 from fastloop.testing.op_cases import paged_attention_case
+from fastloop.testing.ragged import ragged
 
 every_seed = pytest.mark.parametrize("seed", [0, 1, 2])
 examples = settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -94,12 +95,7 @@ def test_the_last_block_finds_all_parts(check: Callable[..., None], seed: int, b
 @examples
 @given(data=st.data())
 def test_of_ragged_batches(check: Callable[..., None], data: st.DataObject) -> None:
-    rows = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=4), label="rows")
-    lens, gaps = [], []
-    for count in rows:
-        lens.append(count + data.draw(st.integers(0 if count else 1, 300), label="context"))
-        begin = data.draw(st.integers(0, lens[-1] - count), label="gap begin")
-        gaps.append((begin, data.draw(st.integers(begin, lens[-1] - count), label="gap end")))
+    rows, lens, gaps = ragged(data, most_rows=40, most_context=300)
     options = {name: data.draw(st.integers(1, 9), label=name) for name in ("seed", "blocks", "resident")}
     dtype, pages = data.draw(st.sampled_from(DTYPES), label="dtypes")
     case = paged_attention_case(

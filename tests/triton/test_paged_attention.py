@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 
 from fastloop.testing.implementations import Implementation
 from fastloop.testing.op_cases import Case, paged_attention_case
+from fastloop.testing.ragged import ragged
 
 Check = Callable[[str, Case], None]
 
@@ -76,23 +77,10 @@ def test_text_alone(check: Check) -> None:
     check("paged_attention", case)
 
 
-def ragged(data: st.DataObject) -> tuple[list[int], list[int], list[tuple[int, int]]]:
-    """Any mix of rows per sequence (none, too), any context, any gap that leaves out the new rows: rows,
-    lengths and gaps.
-    """
-    rows = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=4), label="rows")
-    lens, gaps = [], []
-    for count in rows:
-        lens.append(count + data.draw(st.integers(0 if count else 1, 150), label="context"))
-        begin = data.draw(st.integers(0, lens[-1] - count), label="gap begin")
-        gaps.append((begin, data.draw(st.integers(begin, lens[-1] - count), label="gap end")))
-    return rows, lens, gaps
-
-
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_ragged_batches(check: Check, data: st.DataObject) -> None:
-    rows, lens, gaps = ragged(data)
+    rows, lens, gaps = ragged(data, most_rows=20, most_context=150)
     seed = data.draw(st.integers(0, 2**20), label="seed")
     check("paged_attention", paged_attention_case(generator(seed), rows=rows, lens=lens, gaps=gaps))
 
@@ -150,7 +138,7 @@ def test_scaled_pages_of_any_heads(
 @settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_scaled_pages_of_ragged_batches(check: Check, data: st.DataObject) -> None:
-    rows, lens, gaps = ragged(data)
+    rows, lens, gaps = ragged(data, most_rows=20, most_context=150)
     seed = data.draw(st.integers(0, 2**20), label="seed")
     check(
         "paged_attention", paged_attention_case(generator(seed), rows=rows, lens=lens, gaps=gaps, scaled=True)
