@@ -52,10 +52,11 @@ def main() -> None:
     sessions = populate(engine, live, given.sessions)
     if device.type == "cuda":
         warm_up(engine, sessions, live)
+    machine = describe(device.type)
     result = {
-        "device": describe(device.type)["device"],
+        "device": machine["device"],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": describe(device.type)["commit"],
+        "commit": machine["commit"],
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
         "model": model.config.name,
         "precision": model.precision or (config.precision if device.type == "cpu" else str(model.dtype)),

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..config import FFT_SAMPLES, HOP_SAMPLES, MEL_BINS
 from ..files import new_directory
 from ..ops.mel import mel_filters
-from .shards import Report, ShardError, Stream, Turn, read_streams
+from .shards import Report, Stream, Turn, also, nothing_usable, read_streams
 
 FRAMES, INDEX = "frames.f16", "index.json"
 
@@ -104,23 +104,6 @@ def _write(directory: Path, shards: Sequence[Path], split: str, chunk_frames: in
     if not streams:
         raise nothing_usable(split, shards, reasons)
     (directory / INDEX).write_text(json.dumps({"first": first, "streams": streams}), encoding="utf-8")
-
-
-def also(reasons: list[str], skipped: Report) -> Report:
-    """A Report that keeps what it passes on."""
-
-    def tell(reason: str) -> None:
-        reasons.append(reason)
-        skipped(reason)
-
-    return tell
-
-
-def nothing_usable(split: str | None, places: Sequence[Path], reasons: Sequence[str]) -> ShardError:
-    """The error of a corpus without a stream, with the first reason where there were any."""
-    of = "" if split is None else f" of split {split!r}"
-    why = f": {len(reasons)} could not be used, the first: {reasons[0]}" if reasons else ""
-    return ShardError(f"no usable stream{of} in {', '.join(map(str, places))}{why}")
 
 
 def _open(directory: Path, chunk_frames: int) -> FeatureSet:

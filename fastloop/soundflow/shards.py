@@ -130,6 +130,23 @@ def find_shards(paths: Sequence[Path]) -> list[Path]:
     return found
 
 
+def also(reasons: list[str], skipped: Report) -> Report:
+    """A Report that keeps what it passes on."""
+
+    def tell(reason: str) -> None:
+        reasons.append(reason)
+        skipped(reason)
+
+    return tell
+
+
+def nothing_usable(split: str | None, places: Sequence[Path], reasons: Sequence[str]) -> ShardError:
+    """The error of a corpus without a stream, with the first reason where there were any."""
+    of = "" if split is None else f" of split {split!r}"
+    why = f": {len(reasons)} could not be used, the first: {reasons[0]}" if reasons else ""
+    return ShardError(f"no usable stream{of} in {', '.join(map(str, places))}{why}")
+
+
 def read_streams(
     shards: Sequence[Path], split: str | None, skipped: Report
 ) -> Iterator[tuple[Stream, np.ndarray]]:

@@ -9,8 +9,17 @@ import numpy as np
 
 from ..audio import AudioError
 from .benchmark_files import rows, samples
-from .features import also, nothing_usable
-from .shards import Report, ShardError, Stream, check_length, find_shards, parse_stream, read_streams
+from .shards import (
+    Report,
+    ShardError,
+    Stream,
+    also,
+    check_length,
+    find_shards,
+    nothing_usable,
+    parse_stream,
+    read_streams,
+)
 
 Pair = tuple[Stream, np.ndarray]
 
