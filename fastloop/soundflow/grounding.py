@@ -10,7 +10,7 @@ from . import voices
 from .abilities import SubTask
 from .grammar import Rule
 from .planner import Outline
-from .scripts import Beat
+from .scripts import Beat, reading
 from .sequence import Reply
 from .sounds import DIGITS, SYNTHETIC, Library, sound_of
 from .synth import Rng, log_uniform
@@ -23,6 +23,8 @@ VOICE_SHARE = {
     "train": 0.3,
     "val": 0.15,
 }  # of digit strings, said by a synthetic voice
+READING_SHARE = 0.5  # of speech to ignore to train on, read aloud by a synthetic voice
+READ_S = (1.5, 9.0)  # about how long
 STRING_SHARE = 0.4  # of digit strings, one recording of several digits
 DIGIT_NAMES = [name for name in DIGITS if name != "oh"]
 DIGIT_PAUSE_S = (0.03, 0.7)
@@ -133,6 +135,14 @@ def _digits(rng: Rng, library: Library) -> tuple[tuple[str, ...], str, tuple[flo
     return tuple(clips[int(rng.integers(len(clips)))].id for _ in pauses), "", pauses
 
 
+def _reading(rng: Rng, library: Library) -> tuple[tuple[str, ...], str] | None:
+    """A voice and what it reads aloud; None where a recording is to be heard."""
+    if library.split != "train" or not voices.available() or rng.random() >= READING_SHARE:
+        return None
+    voice = voices.draw(rng, library.split)
+    return (str(voice),), reading(rng, round(log_uniform(rng, *READ_S) * voice.rate / 60))
+
+
 def _part(rng: Rng, library: Library, beat: Beat, bed_db: float) -> Part:
     sound = sound_of(beat.label)
     level = float(np.clip(max(bed_db, QUIETEST_DB) + rng.uniform(*SNR_DB), QUIETEST_DB, LOUDEST_DB))
@@ -142,6 +152,8 @@ def _part(rng: Rng, library: Library, beat: Beat, bed_db: float) -> Part:
         sources: tuple[str, ...] = (str(voices.draw(rng, library.split, beat.language)),)
     elif beat.label == "spoken_digits":
         sources, text, pauses = _digits(rng, library)
+    elif beat.label == "speech" and (read := _reading(rng, library)) is not None:
+        sources, text = read
     else:
         sources = (source_for(rng, library, beat.label),)
     if sources[0].startswith(SYNTHETIC):

@@ -11,6 +11,7 @@ import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from importlib import resources
+from string import Formatter
 from typing import Any
 
 import yaml
@@ -179,6 +180,19 @@ def dictation(rng: Rng, script: Script, library: Library, seconds: float) -> Scr
     rows = phrases()["dictation"]
     chosen = [str(rows[int(rng.integers(len(rows)))]) for _ in range(_count(rng, seconds, 5.0))]
     return Script(_woven(rng, script.beats, [line(rng, text, Reply(text)) for text in chosen]))
+
+
+def reading(rng: Rng, words: int) -> str:
+    """At least so many words of what somebody might read aloud, in whole sentences, none of them a digit."""
+    lists, said = phrases()["reading"], ""
+    while len(said.split()) < words:
+        frame = str(rng.choice(lists["frames"]))
+        parts = (
+            literal + (str(rng.choice(lists[slot])) if slot else "")
+            for literal, slot, _, _ in Formatter().parse(frame)
+        )
+        said += f"{''.join(parts)}. "
+    return said.rstrip()
 
 
 SCRIPTS: dict[str, Writer] = {

@@ -110,7 +110,7 @@ def _languages() -> frozenset[str]:
     return frozenset(line.split()[1] for line in done.stdout.splitlines()[1:] if len(line.split()) > 1)
 
 
-@functools.lru_cache(maxsize=4096)
+@functools.lru_cache(maxsize=256)
 def speak(voice: Voice, text: str) -> Sound:
     """float32 [S] at 16 kHz without the silence around it, not to be written to; DataError where the
     engine is missing or fails.

@@ -14,17 +14,19 @@ import pytest
 
 from fastloop.config import SAMPLE_RATE
 from fastloop.soundflow import voices
-from fastloop.soundflow.abilities import sub_tasks
+from fastloop.soundflow.abilities import sub_task, sub_tasks
 from fastloop.soundflow.clips import DataError, Unreadable
 from fastloop.soundflow.compose import compose
 from fastloop.soundflow.grammar import Rule
-from fastloop.soundflow.grounding import Layer, Part, Plan
+from fastloop.soundflow.grounding import Layer, Part, Plan, ground
+from fastloop.soundflow.planner import Outline
 from fastloop.soundflow.questions import answer, ask
 from fastloop.soundflow.render import SETTLE_S, WEAKEST, audible, clip_sound, render
 from fastloop.soundflow.scenes import AUDIBLE
+from fastloop.soundflow.scripts import Beat
 from fastloop.soundflow.sequence import Reply
 from fastloop.soundflow.shards import SILENCE, parse_stream
-from fastloop.soundflow.sounds import Library, sound_of
+from fastloop.soundflow.sounds import DIGITS, Library, sound_of
 from fastloop.soundflow.streams import default_mix, stream
 from fastloop.soundflow.suitability import Limits, problems
 
@@ -438,3 +440,18 @@ def test_clipped_and_mismatched_sound_is_unsuitable() -> None:
     assert not problems(x, {"duration_s": 4.0, "turns": []}, Limits(clipped=0.01))
     assert problems(x * np.nan, {"duration_s": 4.0, "turns": []})[0].startswith("clipping")
     assert problems(x * 0, {"duration_s": 5.0, "turns": []})[0].startswith("duration")
+
+
+@SPOKEN
+def test_speech_to_ignore_is_read_aloud_to_train_on_and_recorded_to_evaluate_on(manifest: Path) -> None:
+    task = sub_task("know_when_to_be_silent")
+    outline = Outline("office", 60.0, ("silence",), (), tuple(Beat("speech", 1.0) for _ in range(60)))
+    for split in ("train", "val"):
+        library = Library.open(manifest, split)
+        made = ground(np.random.default_rng(0), outline, task, library, "s")
+        read = [part for part in made.parts if part.text]
+        assert len(read) == pytest.approx(30, abs=12) if split == "train" else not read
+        for part in read:
+            assert voices.is_voice(part.sources[0]) and part.reply is None
+            spoken = {word.strip(".,").lower() for word in part.text.split()}
+            assert spoken.isdisjoint(DIGITS) and not any(mark in part.text for mark in "{}")
