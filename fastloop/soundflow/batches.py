@@ -25,7 +25,7 @@ from .shards import Stream, Turn
 from .sounds import DIGITS, sound_of
 
 LONGEST_EXCERPT = 40  # chunks
-ANYWHERE = 0.2  # of excerpts are around no answer
+IGNORED, ANYWHERE = 0.25, 0.1  # of excerpts are around what is to be ignored, and anywhere
 HEARD_S = 0.5  # what a cut leaves less of nobody is asked about
 ASKED_S = 0.4  # what is asked can be told apart in the last of a question
 RARE = 20  # what is heard, or replied, in fewer turns has no class of its own
@@ -85,7 +85,7 @@ def sound_classes(streams: Iterable[Stream], rare: int = RARE) -> dict[str, int]
     heard most); from 0 on.
     """
     events = [turn for stream in streams for turn in happens(stream)]
-    counts = Counter(heard_as(turn) for turn in events) + Counter(asked(turn) for turn in events)
+    counts = Counter(name for turn in events for name in {heard_as(turn), asked(turn), turn.label})
     del counts[""]
     least = min(rare, max(counts.values(), default=rare))
     return {name: i for i, name in enumerate(sorted(n for n in counts if counts[n] >= least))}
@@ -115,23 +115,30 @@ class Batches:
         self.seed, self.plan, self.augment, self.prompts = seed, plan, augment, tuple(prompts)
         self.silent = [i for i, stream in enumerate(features.streams) if stream.silent]
         self.weights = self._weights()
-        self.answers, self.chances = self._answers()
+        self.answers, self.ignored = self._answers(), self._ignored()
         self.recorded = self._recorded()
 
-    def _answers(self) -> tuple[list[tuple[int, int]], np.ndarray]:
-        """What excerpts are made around: (stream, chunk) of every answer but those to questions, and the
-        chance of each: count^-balance of its class.
-        """
-        places, classes = [], []
+    def _answers(self) -> Places:
+        """The chunk of every answer but those to questions."""
+        found = Places()
         for index, stream in enumerate(self.features.streams):
-            last = self.features.chunks(index) - 1
             for turn in stream.turns:
                 if turn.answer_s is not None and turn.label != QUESTION:
-                    places.append((index, min(last, due_chunk(turn.answer_s, self.config.chunk_seconds))))
-                    classes.append(answer_class(turn))
-        counts = _shared(Counter(classes))
-        chances = np.array([counts[c] ** -self.plan.balance for c in classes])
-        return places, chances / chances.sum()
+                    found.add(index, self._chunk(index, turn.answer_s), answer_class(turn))
+        return found.weighed(self.plan.balance)
+
+    def _ignored(self) -> Places:
+        """A chunk of everything that happens and is not answered: what happens is asked about, too."""
+        found = Places()
+        for index, stream in enumerate(self.features.streams):
+            for turn in happens(stream):
+                if turn.answer_s is None and not turn.background and turn.label != QUESTION:
+                    found.add(index, self._chunk(index, min(turn.start_s + 1.0, turn.end_s)), turn.label)
+        return found.weighed(self.plan.balance)
+
+    def _chunk(self, index: int, at_s: float) -> int:
+        """The chunk of a stream at whose end what is due at at_s can be given."""
+        return min(self.features.chunks(index) - 1, due_chunk(at_s, self.config.chunk_seconds))
 
     def _recorded(self) -> dict[str, list[tuple[int, int, int]]]:
         """The words of a question -> stream, first chunk, end of every recording of them, with the chunk in
@@ -141,8 +148,8 @@ class Batches:
         for index, stream in enumerate(self.features.streams):
             for turn in stream.turns:
                 if turn.label == QUESTION and turn.answer_s is not None:
-                    due = min(self.features.chunks(index) - 1, due_chunk(turn.answer_s, chunk_s))
-                    found[turn.user].append((index, int(turn.start_s / chunk_s), due + 1))
+                    end = self._chunk(index, turn.answer_s) + 1
+                    found[turn.user].append((index, int(turn.start_s / chunk_s), end))
         return dict(found)
 
     def _weights(self) -> np.ndarray:
@@ -162,7 +169,7 @@ class Batches:
         rng = np.random.default_rng([self.seed, number])
         chunk_s = self.config.chunk_seconds
         length = max(1, round(float(rng.choice(self.plan.rows_s)) / chunk_s))
-        frames, active, sequences = [], [], []
+        frames, active, past, sequences = [], [], [], []
         for _ in range(max(1, self.plan.chunks // length)):
             raw, turns = self._row(rng, length, draw_tempo(self.augment, rng))
             prompt = None
@@ -171,9 +178,10 @@ class Batches:
             steps = steps_of(turns, len(raw), chunk_s, rng)
             frames.append(clamp(augment(raw, self.augment, rng, self._noise(rng))))
             active.append(self._active(turns, len(raw)))
+            past.append(self._past(turns, len(raw)))
             sequences.append(build(self.config, self.tokenizer, steps, prompt))
         fill = self.config.tokens.audio_begin
-        return collate(torch.cat(frames), torch.cat(active), sequences, fill)
+        return collate(torch.cat(frames), torch.cat(active), torch.cat(past), sequences, fill)
 
     def _row(self, rng: np.random.Generator, length: int, tempo: float) -> tuple[Tensor, list[Turn]]:
         """Streams joined, played at `tempo` and cut to `length` chunks: raw features, and the turns in the
@@ -198,13 +206,13 @@ class Batches:
         return raw, [turn for turn in turns if turn.start_s < length * self.config.chunk_seconds]
 
     def _excerpt(self, rng: np.random.Generator) -> tuple[int, int, int]:
-        """Stream, first chunk, end: around one of the answers, or, for the sake of what else there is to
-        hear, anywhere.
-        """
+        """Stream, first chunk, end: around one of the answers, around what is to be ignored, or anywhere."""
         around = self.plan.around
         before, after = int(rng.integers(1, around + 1)), int(rng.integers(2, max(around, 2) + 1))
-        if self.answers and rng.random() >= ANYWHERE:
-            index, at = self.answers[int(rng.choice(len(self.chances), p=self.chances))]
+        roll = rng.random()
+        places = self.ignored if roll < IGNORED and self.ignored.found else self.answers
+        if places.found and roll < 1 - ANYWHERE:
+            index, at = places.draw(rng)
         else:
             index = int(rng.integers(len(self.features.streams)))
             at = int(rng.integers(self.features.chunks(index)))
@@ -223,10 +231,48 @@ class Batches:
         for turn in turns:
             now = (turn.start_s <= middle_s) & (middle_s < turn.end_s)
             told = now & (middle_s >= turn.end_s - ASKED_S)
-            for name, when in ((heard_as(turn), now), (asked(turn), told)):
+            for name, when in ((heard_as(turn), now), (turn.label, now), (asked(turn), told)):
                 if name in self.classes:
                     active[when, self.classes[name]] = True
         return torch.from_numpy(active).unflatten(0, (chunks, self.config.chunk_tokens))
+
+    def _past(self, turns: Sequence[Turn], chunks: int) -> Tensor:
+        """bool [chunks, 3, K]: what has happened until each chunk ends, at all, first and last."""
+        past = np.zeros((chunks, 3, len(self.classes)), dtype=np.bool_)
+        happened = [turn for turn in turns if turn.label != QUESTION and not turn.background]
+        for number, turn in enumerate(sorted(happened, key=lambda turn: turn.start_s)):
+            known_s = turn.start_s + min(HEARD_S, turn.end_s - turn.start_s)
+            since = due_chunk(known_s, self.config.chunk_seconds)
+            past[since:, 2] = False
+            if turn.label in self.classes:
+                which = self.classes[turn.label]
+                past[since:, [0, 2], which] = True
+                past[since:, 1, which] |= number == 0
+        return torch.from_numpy(past)
+
+
+class Places:
+    """Chunks of streams to make excerpts around, each of a class."""
+
+    def __init__(self) -> None:
+        self.found: list[tuple[int, int]] = []  # stream, chunk
+        self.classes: list[str] = []
+        self.until = np.zeros(0)
+
+    def add(self, stream: int, chunk: int, kind: str) -> None:
+        self.found.append((stream, chunk))
+        self.classes.append(kind)
+
+    def weighed(self, balance: float) -> Places:
+        """These, where the chance of each is count^-balance of its class."""
+        counts = _shared(Counter(self.classes))
+        self.until = np.cumsum([counts[kind] ** -balance for kind in self.classes])
+        return self
+
+    def draw(self, rng: np.random.Generator) -> tuple[int, int]:
+        """One of them, by chance: stream, chunk."""
+        at = np.searchsorted(self.until, rng.random() * self.until[-1], side="right")
+        return self.found[min(int(at), len(self.found) - 1)]
 
 
 class _Row:

@@ -4,8 +4,10 @@
              head sees nothing else
     text     emotion, text and TEXT_END, over the whole vocabulary
     probes   which sounds, digits and questions are under each audio token, answered or not, from the
-             encoder's and the decoder's output. Decisions are rare, this is dense: it teaches hearing long
-             before the decisions do, and to know apart what is never answered but may be asked for
+             encoder's and the decoder's output; and at the end of every chunk what was heard so far, at
+             all, first and last, from halfway through the decoder. Decisions are rare, questions more so,
+             this is dense: it teaches hearing and remembering long before they do, and to know apart what
+             is never answered but may be asked for
 
 Source of the first two: Audio Interaction Model, arXiv 2606.05121; lambda 1 there and here.
 """
@@ -26,14 +28,14 @@ from ..config import ConfigError, ModelConfig
 from .sequence import IGNORED, TokenSequence
 from .trainable import Trainable
 
-LOSSES = ("total", "control", "text", "heard", "recognised", "silent_right", "respond_right")
+LOSSES = ("total", "control", "text", "heard", "recognised", "recalled", "silent_right", "respond_right")
 
 
 class Batch(NamedTuple):
     """frames float32 [N, F, C], the chunks of all rows in order; ids, labels int64 [B, T]; audio bool
     [B, T], true at the slots of the audio tokens, N x A of them; active bool [N, A, K]: which of the K
-    classes are heard under each audio token; digits bool [B, T]: the decisions where digits are to be
-    written.
+    classes are heard under each audio token; past bool [N, 3, K]: which were heard in the row until the
+    chunk ends, at all, first and last; digits bool [B, T]: the decisions where digits are to be written.
     """
 
     frames: Tensor
@@ -41,15 +43,18 @@ class Batch(NamedTuple):
     labels: Tensor
     audio: Tensor
     active: Tensor
+    past: Tensor
     digits: Tensor
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(tensor.to(device) for tensor in self))
 
 
-def collate(frames: Tensor, active: Tensor, sequences: Sequence[TokenSequence], fill: int) -> Batch:
-    """frames [N, F, C], active [N, A, K] and the sequence of each row -> Batch; short rows are filled up with
-    the id `fill`, unlabelled.
+def collate(
+    frames: Tensor, active: Tensor, past: Tensor, sequences: Sequence[TokenSequence], fill: int
+) -> Batch:
+    """frames [N, F, C], active [N, A, K], past [N, 3, K] and the sequence of each row -> Batch; short rows
+    are filled up with the id `fill`, unlabelled.
     """
     longest = max(len(s.ids) for s in sequences)
 
@@ -61,12 +66,12 @@ def collate(frames: Tensor, active: Tensor, sequences: Sequence[TokenSequence], 
     audio, digits = (
         stack(rows, False) for rows in ([s.audio for s in sequences], [s.digits for s in sequences])
     )
-    return Batch(frames, ids, labels, audio, active, digits)
+    return Batch(frames, ids, labels, audio, active, past, digits)
 
 
 @dataclass(frozen=True)
 class Weighting:
-    """total = text_weight x text + control_weight x control + probe_weight x (heard + recognised).
+    """total = text_weight x text + control_weight x control + probe_weight x (heard + recognised + recalled).
 
     silence_weight: how much more than a missed answer one too many costs. A decision is right at
     p(respond) > silence_weight / (1 + silence_weight) of what the data says; the model learns odds that are
@@ -88,7 +93,7 @@ class Weighting:
 
 
 class Objective(nn.Module):
-    """Batch -> losses float32 [7] in the order of LOSSES; the first is differentiable, the others are for
+    """Batch -> losses float32 [8] in the order of LOSSES; the first is differentiable, the others are for
     reading: mean losses, and the share of right decisions where silence and where an answer was right
     (NaN where there was none).
     """
@@ -123,11 +128,11 @@ class Objective(nn.Module):
         text = text / speaks.sum().clamp(min=1)
         w = self.weighting
         total = w.text_weight * text + w.control_weight * control
-        heard, recognised = self._probes(tokens, hidden[batch.audio], batch.active.flatten(0, 1))
-        total = total + w.probe_weight * (heard + recognised)
+        probes = self._probes(batch, tokens, hidden, decoder.halfway)
+        total = total + w.probe_weight * sum(probes)
         right = (logits.argmax(dim=-1) == respond).float()
         shares = right[respond == 0].mean(), right[respond == 1].mean()
-        parts = (control, text, heard, recognised, *shares)
+        parts = (control, text, *probes, *shares)
         return torch.stack([total, *(part.detach().float() for part in parts)])
 
     def _control(self, logits: Tensor, respond: Tensor, digits: Tensor) -> Tensor:
@@ -139,21 +144,26 @@ class Objective(nn.Module):
         losses = F.cross_entropy(logits, respond, reduction="none")
         return (costs * losses).sum() / costs.sum()
 
-    def _probes(self, tokens: Tensor, hidden: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-        """Binary cross-entropies of the two probes, summed over the classes; tokens, hidden [N A, D], active
-        bool [N A, K].
+    def _probes(self, batch: Batch, tokens: Tensor, hidden: Tensor, halfway: Tensor) -> tuple[Tensor, ...]:
+        """Binary cross-entropies of the three probes, summed over what each tells apart; tokens [N A, D],
+        hidden, halfway [B, T, D].
         """
         if self.weighting.probe_weight == 0:
-            nothing = tokens.new_zeros(())
-            return nothing, nothing
-        normed = F.rms_norm(hidden, hidden.shape[-1:])
-        truth = active.float()
-        pairs = ((tokens, self.model.heard), (normed, self.model.recognised))
-        heard, recognised = (
-            F.binary_cross_entropy_with_logits(
-                F.linear(x, w.weight.to(x.dtype), w.bias.to(x.dtype)).float(), truth, reduction="sum"
-            )
-            / len(x)
-            for x, w in pairs
+            return (tokens.new_zeros(()),) * 3
+        model, a = self.model, self.config.chunk_tokens
+        active, past = batch.active.flatten(0, 1), batch.past.flatten(1)
+        return (
+            _told(model.heard, tokens, active),
+            _told(model.recognised, _normed(hidden[batch.audio]), active),
+            _told(model.recalled, _normed(halfway[batch.audio][a - 1 :: a]), past),
         )
-        return heard, recognised
+
+
+def _normed(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:])
+
+
+def _told(probe: nn.Linear, x: Tensor, truth: Tensor) -> Tensor:
+    """Binary cross-entropy of what a probe tells from x [R, D]; truth bool [R, K]; summed over K."""
+    logits = F.linear(x, probe.weight.to(x.dtype), probe.bias.to(x.dtype)).float()
+    return F.binary_cross_entropy_with_logits(logits, truth.float(), reduction="sum") / len(x)

@@ -67,7 +67,7 @@ def plot_losses(log: Path, picture: Path) -> None:
     rows = read_log(log)
     steps = [row["step"] for row in rows]
     figure, (top, bottom) = pyplot.subplots(2, 1, figsize=(8, 7), sharex=True, layout="constrained")
-    for name in ("total", "control", "text", "heard", "recognised"):
+    for name in ("total", "control", "text", "heard", "recognised", "recalled"):
         values = [row[name] for row in rows]
         if any(value > 0 for value in values):  # a loss without weight is not computed: no curve, no label
             top.plot(steps, smoothed(values), label=name)

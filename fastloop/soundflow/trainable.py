@@ -130,14 +130,20 @@ class TrainableEncoder(Encoder):
 
 
 class TrainableDecoder(Decoder):
-    """The decoder over whole sequences, each layer run by its node."""
+    """The decoder over whole sequences, each layer run by its node; `halfway` [B, T, D] is what half of the
+    layers have made of the last sequences.
+    """
 
     def __init__(self, config: ModelConfig, weights: Live, root: Node) -> None:
         super().__init__(config, weights)
         self.root = root
+        self.halfway = torch.empty(0)
 
     def _sequence_layer(self, x: Tensor, name: str, positions: Tensor) -> Tensor:
-        return self.root.get_submodule(name.rstrip("."))(super()._sequence_layer, x, name, positions)
+        x = self.root.get_submodule(name.rstrip("."))(super()._sequence_layer, x, name, positions)
+        if name == f"decoder.layers.{(self.config.decoder.layers - 1) // 2}.":
+            self.halfway = x
+        return x
 
     def _sequence_attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if q.device.type == "cpu":
@@ -176,9 +182,10 @@ def _probe(width: int, classes: int) -> nn.Linear:
 
 
 class Trainable(nn.Module):
-    """The weights of a model in training, kept in float32 and computed with in `dtype`; and two probes that
+    """The weights of a model in training, kept in float32 and computed with in `dtype`; and three probes that
     are not part of it: linear layers that tell which of `classes` are heard under every audio token, from
-    the encoder's output and from the decoder's.
+    the encoder's output and from the decoder's; and, halfway through the decoder, which were heard so far
+    in the row, at all, first and last.
     """
 
     def __init__(
@@ -192,6 +199,7 @@ class Trainable(nn.Module):
         self.config, self.dtype = config, dtype
         self.root = tree(weights)
         self.heard, self.recognised = (_probe(config.decoder.width, classes) for _ in range(2))
+        self.recalled = _probe(config.decoder.width, 3 * classes)
 
     def layers(self) -> list[Node]:
         """Every encoder and decoder layer, in order: what FSDP2 shards one by one."""

@@ -458,4 +458,26 @@ def test_excerpts_are_around_answers_and_balance_makes_their_classes_alike(
     due = [[due_chunk(turn.answer_s or 0.0, 0.4) for turn in stream.turns] for stream in streams]
     around = [index for index, first, end in drawn if any(first <= at < end for at in due[index])]
     assert len(around) > 0.8 * len(drawn)
-    assert sum(around) / len(around) == pytest.approx(0.8 * share + 0.2 / 2, abs=0.07)
+    assert sum(around) / len(around) == pytest.approx(0.9 * share + 0.1 / 2, abs=0.07)
+
+
+def test_excerpts_are_around_what_is_ignored_too_rare_sounds_as_often_as_frequent_ones() -> None:
+    bed = Turn("rain", None, None, "rain", "", 0.0, 40.0, None)
+    streams = tuple(
+        Stream(str(i), "street", "a", "b", "train", 40.0, (bed, *(
+            Turn(label, None, None, label, "", t + 1, t + 1.8, None) for t in range(0, 40, 4))))
+        for i, label in enumerate(["dog"] * 8 + ["typing"])
+    )  # fmt: skip
+    places = tuple((100 * i, 100 * i + 100) for i in range(9))
+    features = FeatureSet(streams, places, np.zeros((900, 40, 128), np.float16))
+    config, plan = small(), BatchPlan(chunks=12, excerpts=1.0, balance=1.0, around=2)
+    batches = Batches(config, byte_tokenizer(config.decoder.vocab), features, {}, seed=0, plan=plan,
+                      augment=Augment())  # fmt: skip
+    assert not batches.answers.found and len(batches.ignored.found) == 90, "no bed among them"
+    rng = np.random.default_rng(0)
+    drawn = [batches._excerpt(rng) for _ in range(600)]
+    heard = [index for index, first, end in drawn if any(first <= at < end for at in range(4, 100, 10))]
+    assert sum(index == 8 for index, *_ in drawn) / len(drawn) == pytest.approx(
+        0.25 * 0.5 + 0.75 / 9, abs=0.05
+    )
+    assert len(heard) > 0.25 * len(drawn)
