@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import tarfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastloop import ops
 from fastloop.config import small
 from fastloop.mel import MelState, mel_chunk
 from fastloop.soundflow.augment import (
@@ -32,10 +34,11 @@ from fastloop.soundflow.augment import (
 )
 from fastloop.soundflow.batches import Batches, BatchPlan, cut, excerpt, played, sound_classes
 from fastloop.soundflow.features import FeatureSet, clamp, feature_set, raw_log_mel
-from fastloop.soundflow.objective import Objective, Weighting
+from fastloop.soundflow.objective import LOSSES, Objective, Weighting
 from fastloop.soundflow.questions import answer
 from fastloop.soundflow.sequence import IGNORED, due_chunk, due_replies, steps_of
 from fastloop.soundflow.shards import ShardError, Stream, Turn, find_shards, parse_stream, read_streams
+from fastloop.soundflow.sounds import sound_of
 from fastloop.soundflow.trainable import Trainable, causal_products, initial_weights
 from fastloop.testing.cases import byte_tokenizer, random_sound
 from fastloop.testing.streams import flac, record, two_streams, write_shard
@@ -329,6 +332,26 @@ def test_the_loss_is_its_definition_word_for_word(tmp_path: Path) -> None:
     assert abs(total - (2 * means[0] + 0.5 * means[1])) < bound * total
 
 
+def test_what_is_recalled_is_told_at_the_end_of_every_chunk_from_halfway(tmp_path: Path) -> None:
+    config, batch = small(), make_batches(tmp_path)[4]
+    model = Trainable(config, initial_weights(config, 0), classes=batch.past.shape[-1])
+    torch.nn.init.normal_(model.recalled.weight)
+    loss = Objective(model, Weighting(probe_weight=1.0))
+    assert loss(batch)[LOSSES.index("recalled")] > 0
+    with ops.use_backend("reference"):
+        encoder, decoder = model.stages()
+        x = decoder.embed(batch.ids.flatten()).view(*batch.ids.shape, -1).clone()
+        x[batch.audio] = encoder.encode(batch.frames).flatten(0, 1)
+        half = decoder._sequence_layer(x, "decoder.layers.0.", torch.arange(x.shape[1]))
+    assert config.decoder.layers == 2
+    ends = torch.cat([half[b, torch.nonzero(row)[:, 0]].unflatten(0, (-1, config.chunk_tokens))[:, -1]
+                      for b, row in enumerate(batch.audio)])  # fmt: skip
+    logits = model.recalled(F.rms_norm(ends, ends.shape[-1:]))
+    p = torch.where(batch.past.flatten(1), logits.sigmoid(), 1 - logits.sigmoid())
+    wanted = -p.log().sum().item() / len(ends)
+    assert abs(loss(batch)[LOSSES.index("recalled")].item() - wanted) < 1e3 * EPS * wanted
+
+
 def test_the_keys_of_the_encoder_never_get_a_bias(tmp_path: Path) -> None:
     config, batch = small(), make_batches(tmp_path)[4]
     objective = Objective(
@@ -434,6 +457,32 @@ def test_what_is_asked_in_a_row_is_asked_about_the_row(excerpts: float) -> None:
                 assert all(step.free or step.said for step in steps[due : due + 4])
     assert asked > 40
     assert excerpts or unknown > 0, "streams that are joined make some questions unanswerable"
+
+
+def test_what_happened_in_a_row_is_what_its_questions_are_answered_from() -> None:
+    streams = asking_streams()
+    places = tuple((30 * i, 30 * i + 30) for i in range(len(streams)))
+    features = FeatureSet(streams, places, np.zeros((30 * len(streams), 40, 128), np.float16))
+    config, plan = small(), BatchPlan(chunks=64, rows_s=(25.6,), excerpts=0.5, asks=0.5)
+    batches = Batches(config, byte_tokenizer(config.decoder.vocab), features, sound_classes(streams, rare=1),
+                      seed=0, plan=plan, augment=Augment())  # fmt: skip
+    seen: Counter[str] = Counter()
+    for seed in range(20):
+        _, turns = batches._row(np.random.default_rng(seed), 64, 1.0)
+        past = batches._past(turns, 64)
+        for turn in turns:
+            end = int(turn.end_s / 0.4)
+            if turn.label != "question" or turn.reply is None or end >= 64:
+                continue
+            ever, *told = ({name for name, at in batches.classes.items() if row[at]} for row in past[end])
+            for asked, names in zip(("first", "last"), told, strict=True):
+                (name,) = names
+                if asked in turn.user:
+                    assert turn.reply.lower() == f"{sound_of(name).words}.".lower()
+            if turn.user == "did you hear a siren?":
+                assert (turn.reply == "Yes.") == ("siren" in ever)
+            seen[turn.user] += 1
+    assert len(seen) == 5 and min(seen.values()) > 3
 
 
 @pytest.mark.parametrize(("balance", "share"), [(0.0, 3 / 33), (1.0, 1 / 2)])
