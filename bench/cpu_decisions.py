@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from gpu.machine import stamp
 
 from fastloop import DecisionPolicy, Engine, EngineConfig, Model, SessionConfig, load
 from fastloop.events import Decision
@@ -67,7 +68,7 @@ def main() -> None:
         }
         print(precision, json.dumps(rows[precision]))
     if given.json:
-        given.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        given.json.write_text(json.dumps(stamp() | {"decisions": rows}, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

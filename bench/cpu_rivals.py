@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from gpu.machine import stamp
 from torch import nn
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoderLayer
@@ -180,8 +181,8 @@ def main() -> None:
             }
         )
         if given.json:
-            told_of = vars(given) | {"json": None, "versions": versions, "results": results}
-            given.json.write_text(json.dumps(told_of, indent=1))
+            told_of = stamp() | vars(given) | {"json": None, "versions": versions, "results": results}
+            given.json.write_text(json.dumps(told_of, indent=1) + "\n")
 
     print("median (minimum), and how many times ours", flush=True)
     if model:

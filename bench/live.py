@@ -10,13 +10,11 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
-import sys
 from pathlib import Path
 
 import torch
-from gpu.machine import describe
+from gpu.machine import stamp
 from gpu.model import whole_model
 
 from fastloop import Engine, EngineConfig, load
@@ -52,12 +50,7 @@ def main() -> None:
     sessions = populate(engine, live, given.sessions)
     if device.type == "cuda":
         warm_up(engine, sessions, live)
-    machine = describe(device.type)
-    result = {
-        "device": machine["device"],
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "commit": machine["commit"],
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+    result = stamp(device.type) | {
         "model": model.config.name,
         "precision": model.precision or (config.precision if device.type == "cpu" else str(model.dtype)),
         "kv": str(engine.cache.k_pages.dtype).removeprefix("torch."),

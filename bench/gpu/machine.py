@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import datetime
 import platform
 import subprocess
+import sys
 import threading
 from importlib import metadata
 from pathlib import Path
@@ -26,7 +28,7 @@ def describe(device: str) -> dict[str, Any]:
         "versions": {name: _version(name) for name in PACKAGES},
         "commit": _git("rev-parse", "HEAD"),
         "changed_files": len(_git("status", "--porcelain").splitlines()),
-        "device": platform.processor() or platform.machine(),
+        "device": _cpu(),
     }
     if device == "cuda":
         p = torch.cuda.get_device_properties(0)
@@ -39,6 +41,27 @@ def describe(device: str) -> dict[str, Any]:
             "cuda": torch.version.cuda,
         }
     return found
+
+
+def stamp(device: str = "cpu") -> dict[str, Any]:
+    """What every results file begins with: device, date, commit, command."""
+    machine = describe(device)
+    return {
+        "device": machine["device"],
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": machine["commit"],
+        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+    }
+
+
+def _cpu() -> str:
+    """The processor's model; of one that does not tell, its architecture."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str | None:
