@@ -339,6 +339,32 @@ def test_answers_about_the_past_are_true(seed: int) -> None:
         assert said != "what did you hear?" or len(set(words)) < 2
 
 
+def test_whether_something_was_heard_cannot_be_told_from_the_question() -> None:
+    """For every sound, yes and no are about as frequent as the other."""
+    sounds = [
+        "dog",
+        "siren",
+        "coughing",
+        "rooster",
+        "keyboard_typing",
+        "melody",
+        "chainsaw",
+        "sea_waves",
+        "thunder",
+        "cat",
+    ]
+    rng, told = np.random.default_rng(0), Counter[tuple[str, str]]()
+    for _ in range(20_000):
+        heard = [str(label) for label in rng.choice(sounds, 4, replace=False)]
+        question = ask(rng, heard)
+        if question.text.startswith("did you hear"):
+            told[question.text, question.answer.text] += 1
+    for label in sounds:
+        text = f"did you hear {sound_of(label).words}?"
+        yes, no = told[text, "Yes."], told[text, "No."]
+        assert 0.1 < no / (yes + no) < 0.9, (text, yes, no)
+
+
 def test_a_string_of_digits_counts_as_one_sound() -> None:
     labels = ["spoken_digits"] * 4 + ["dog"]
     counted = [ask(np.random.default_rng(seed), labels) for seed in range(60)]
