@@ -44,13 +44,14 @@ def describe(device: str) -> dict[str, Any]:
 
 
 def stamp(device: str = "cpu") -> dict[str, Any]:
-    """What every results file begins with: device, date, commit, command."""
+    """What every results file begins with; of absolute paths in the command only the last name is kept."""
     machine = describe(device)
+    given = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
     return {
         "device": machine["device"],
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": machine["commit"],
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": " ".join([Path(sys.executable).name, *given]),
     }
 
 

@@ -340,7 +340,7 @@ def test_answers_about_the_past_are_true(seed: int) -> None:
 
 
 def test_whether_something_was_heard_cannot_be_told_from_the_question() -> None:
-    """For every sound, yes and no are about as frequent as the other."""
+    """No sound is asked for only where it was heard, or only where it was not."""
     sounds = [
         "dog",
         "siren",

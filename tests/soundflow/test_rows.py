@@ -7,7 +7,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,8 +19,6 @@ from fastloop.soundflow.sequence import due_chunk, steps_of
 from fastloop.soundflow.shards import Stream, Turn
 from fastloop.soundflow.sounds import sound_of
 from fastloop.testing.cases import byte_tokenizer
-
-EPS = torch.finfo(torch.float32).eps
 
 
 def dense_stream(seed: int) -> Stream:
