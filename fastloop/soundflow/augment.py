@@ -27,7 +27,8 @@ class Augment:
     """How far a training stream may be moved; the default moves nothing.
 
     gain_db: least and most gain of a row.
-    warp: frequencies times 1 - warp .. 1 + warp (vocal tract length, Jaitly and Hinton 2013).
+    warp: frequencies of every stream or excerpt times 1 - warp .. 1 + warp (vocal tract length, Jaitly and
+        Hinton 2013): a row of 20 excerpts is spoken by 20 voices.
     tilt_db: most slope over the whole band, and as much again of a smooth random curve.
     mix: chance that the noise of a silent stream is added, at 0 to 25 dB below the row's loudest frame.
     narrow: chance that nothing above 4 kHz comes through, as over a telephone.
@@ -80,6 +81,14 @@ def warp(raw: Tensor, factor: float) -> Tensor:
     return torch.lerp(raw[..., low], raw[..., low + 1], part)
 
 
+def draw_voice(raw: Tensor, settings: Augment, rng: np.random.Generator) -> Tensor:
+    """A stream or an excerpt of one, [chunks, F, C], from another vocal tract."""
+    if settings.warp == 0:
+        return raw
+    steps = rng.integers(-(WARPS // 2), WARPS // 2 + 1)
+    return warp(raw, float(1 + settings.warp * steps / (WARPS // 2)))
+
+
 def draw_tempo(settings: Augment, rng: np.random.Generator) -> float:
     """How fast a row is played; 1 for every second one."""
     if settings.tempo == 0 or rng.random() < 0.5:
@@ -121,9 +130,6 @@ def augment(raw: Tensor, settings: Augment, rng: np.random.Generator, noise: Ten
 
     noise: raw features of a silent stream, or None.
     """
-    if settings.warp:
-        steps = rng.integers(-(WARPS // 2), WARPS // 2 + 1)
-        raw = warp(raw, float(1 + settings.warp * steps / (WARPS // 2)))
     if rng.random() < settings.narrow:
         raw = raw.masked_fill(torch.from_numpy(centres_hz() > 4000), FLOOR)
     if rng.random() < settings.room:

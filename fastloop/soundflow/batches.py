@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config import ConfigError, ModelConfig
 from ..text import Tokenizer
-from .augment import Augment, augment, draw_tempo, stretch
+from .augment import Augment, augment, draw_tempo, draw_voice, stretch
 from .features import FeatureSet, clamp
 from .objective import Batch, collate
 from .questions import QUESTION, answer, ask
@@ -200,7 +200,8 @@ class Batches:
                 recordings = self.recorded.get(ask(rng, row.heard, row.behind).text)
                 if recordings:
                     row.add(*recordings[int(rng.integers(len(recordings)))])
-        raw, turns = torch.cat(row.parts)[:wanted], row.turns
+        voices = [draw_voice(part, self.augment, rng) for part in row.parts]
+        raw, turns = torch.cat(voices)[:wanted], row.turns
         if tempo != 1:
             raw, turns = stretch(raw, tempo, length), [played(turn, tempo) for turn in turns]
         return raw, [turn for turn in turns if turn.start_s < length * self.config.chunk_seconds]

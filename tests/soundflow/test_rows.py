@@ -181,3 +181,25 @@ def test_excerpts_are_around_what_is_ignored_too_rare_sounds_as_often_as_frequen
         0.25 * 0.5 + 0.75 / 9, abs=0.05
     )
     assert len(heard) > 0.25 * len(drawn)
+
+
+def test_every_excerpt_of_a_row_has_a_voice_of_its_own() -> None:
+    streams = (Stream("s", "street", "a", "b", "train", 40.0, ()),)
+    tone = np.full((100, 40, 128), -8.0, np.float16)
+    tone[..., 60] = 0.0
+    features = FeatureSet(streams, ((0, 100),), tone)
+    config = small()
+    tokenizer = byte_tokenizer(config.decoder.vocab)
+
+    def heard_at(**plan: float) -> list[int]:
+        """The loudest bin of every chunk of a row of 90."""
+        batches = Batches(config, tokenizer, features, {}, seed=0, plan=BatchPlan(**plan),
+                          augment=Augment(warp=0.15))  # fmt: skip
+        raw, _ = batches._row(np.random.default_rng(0), 90, 1.0)
+        loudest = raw.argmax(dim=-1)
+        assert (loudest == loudest[:, :1]).all(), "one voice through a chunk"
+        return loudest[:, 0].tolist()
+
+    assert len(set(heard_at(excerpts=0.0))) == 1
+    excerpts = heard_at(excerpts=1.0, around=3)
+    assert len(set(excerpts)) > 5 and min(excerpts) < 60 < max(excerpts)
