@@ -36,6 +36,7 @@ CORPORA: dict[str, dict[str, Any]] = {
     "without_selection": {"planner": "random"},
 }
 TRAIN_SEED, VAL_SEED = 20, 1
+LAMBDAS = (0.5, 1.0, 2.0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,9 @@ class Row:
 
 
 def rows(stage: Stage) -> dict[str, Row]:
-    """All lines. With another chunk, a batch holds as many seconds."""
+    """All lines. With another chunk, a batch holds as many seconds; lambda is control_weight, and the
+    one that is shipped has no line of its own.
+    """
     if stage.model is None:
         raise ConfigError(f"stage {stage.name!r} makes no model: an ablation starts from random weights")
     frames = stage.model.chunk_frames
@@ -60,12 +63,12 @@ def rows(stage: Stage) -> dict[str, Row]:
         }
         return Row({"model.chunk_frames": to, **seconds})
 
+    shipped = stage.loss.control_weight
     return {
         "as shipped": Row(),
         "without TFJP": Row(corpus="without_tfjp"),
         "without event selection": Row(corpus="without_selection"),
-        "lambda 0.5": Row({"loss.control_weight": 0.5}),
-        "lambda 2": Row({"loss.control_weight": 2.0}),
+        **{f"lambda {w:g}": Row({"loss.control_weight": w}) for w in LAMBDAS if w != shipped},
         "chunks of 0.2 s": chunk(frames // 2),
         "chunks of 0.8 s": chunk(frames * 2),
     }
