@@ -9,6 +9,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -115,26 +116,24 @@ class Batches:
         self.seed, self.plan, self.augment, self.prompts = seed, plan, augment, tuple(prompts)
         self.silent = [i for i, stream in enumerate(features.streams) if stream.silent]
         self.weights = self._weights()
-        self.answers, self.ignored = self._answers(), self._ignored()
+        self.answers, self.ignored = self._places()
         self.recorded = self._recorded()
 
-    def _answers(self) -> Places:
-        """The chunk of every answer but those to questions."""
-        found = Places()
-        for index, stream in enumerate(self.features.streams):
-            for turn in stream.turns:
-                if turn.answer_s is not None and turn.label != QUESTION:
-                    found.add(index, self._chunk(index, turn.answer_s), answer_class(turn))
-        return found.weighed(self.plan.balance)
-
-    def _ignored(self) -> Places:
-        """A chunk of everything that happens and is not answered: what happens is asked about, too."""
-        found = Places()
+    def _places(self) -> tuple[Places, Places]:
+        """The chunk of every answer but those to questions, and one of everything that happens and is not
+        answered: what happens is asked about, too.
+        """
+        answers, ignored = list[Place](), list[Place]()
         for index, stream in enumerate(self.features.streams):
             for turn in happens(stream):
-                if turn.answer_s is None and not turn.background and turn.label != QUESTION:
-                    found.add(index, self._chunk(index, min(turn.start_s + 1.0, turn.end_s)), turn.label)
-        return found.weighed(self.plan.balance)
+                if turn.label == QUESTION:
+                    continue
+                if turn.answer_s is not None:
+                    answers.append(Place(index, self._chunk(index, turn.answer_s), answer_class(turn)))
+                elif not turn.background:
+                    heard_s = min(turn.start_s + 1.0, turn.end_s)
+                    ignored.append(Place(index, self._chunk(index, heard_s), turn.label))
+        return Places(answers, self.plan.balance), Places(ignored, self.plan.balance)
 
     def _chunk(self, index: int, at_s: float) -> int:
         """The chunk of a stream at whose end what is due at at_s can be given."""
@@ -213,7 +212,7 @@ class Batches:
         roll = rng.random()
         places = self.ignored if roll < IGNORED and self.ignored.found else self.answers
         if places.found and roll < 1 - ANYWHERE:
-            index, at = places.draw(rng)
+            index, at, _ = places.draw(rng)
         else:
             index = int(rng.integers(len(self.features.streams)))
             at = int(rng.integers(self.features.chunks(index)))
@@ -252,26 +251,24 @@ class Batches:
         return torch.from_numpy(past)
 
 
+class Place(NamedTuple):
+    """A chunk to make an excerpt around, and the class of what is there."""
+
+    stream: int
+    chunk: int
+    kind: str
+
+
 class Places:
-    """Chunks of streams to make excerpts around, each of a class."""
+    """Places, where the chance of each is count^-balance of its class."""
 
-    def __init__(self) -> None:
-        self.found: list[tuple[int, int]] = []  # stream, chunk
-        self.classes: list[str] = []
-        self.until = np.zeros(0)
+    def __init__(self, found: Sequence[Place], balance: float) -> None:
+        self.found = found
+        counts = _shared(Counter(place.kind for place in found))
+        self.until = np.cumsum([counts[place.kind] ** -balance for place in found])
 
-    def add(self, stream: int, chunk: int, kind: str) -> None:
-        self.found.append((stream, chunk))
-        self.classes.append(kind)
-
-    def weighed(self, balance: float) -> Places:
-        """These, where the chance of each is count^-balance of its class."""
-        counts = _shared(Counter(self.classes))
-        self.until = np.cumsum([counts[kind] ** -balance for kind in self.classes])
-        return self
-
-    def draw(self, rng: np.random.Generator) -> tuple[int, int]:
-        """One of them, by chance: stream, chunk."""
+    def draw(self, rng: np.random.Generator) -> Place:
+        """One of them, by chance."""
         at = np.searchsorted(self.until, rng.random() * self.until[-1], side="right")
         return self.found[min(int(at), len(self.found) - 1)]
 
