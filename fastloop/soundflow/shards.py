@@ -144,6 +144,8 @@ def nothing_usable(split: str | None, places: Sequence[Path], reasons: Sequence[
     """The error of a corpus without a stream, with the first reason where there were any."""
     of = "" if split is None else f" of split {split!r}"
     why = f": {len(reasons)} could not be used, the first: {reasons[0]}" if reasons else ""
+    if split is not None and not reasons:
+        why = f"; `fastloop data build --split {split}` makes some"
     return ShardError(f"no usable stream{of} in {', '.join(map(str, places))}{why}")
 
 

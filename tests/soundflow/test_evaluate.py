@@ -295,7 +295,7 @@ def test_bad_input_is_one_line(tmp_path: Path, checkpoint: str) -> None:
     file.touch()
     for arguments, words in (
         (("streams", tmp_path / "empty", "--model", checkpoint), "no *.tar"),
-        (("streams", two_streams(tmp_path), "--model", checkpoint), "no usable stream"),
+        (("streams", two_streams(tmp_path), "--model", checkpoint), "data build --split val` makes some"),
         (("proactive", tmp_path / "none.jsonl", "--audio", tmp_path), "cannot be read"),
         (
             ("proactive", manifest(tmp_path), "--audio", tmp_path / "x", "--model", checkpoint),
