@@ -71,7 +71,8 @@ def collate(
 
 @dataclass(frozen=True)
 class Weighting:
-    """total = text_weight x text + control_weight x control + probe_weight x (heard + recognised + recalled).
+    """total = text_weight x text + control_weight x control + probe_weight x (heard + recognised)
+    + recalled_weight x recalled, which is a sum over three times as many classes.
 
     silence_weight: how much more than a missed answer one too many costs. A decision is right at
     p(respond) > silence_weight / (1 + silence_weight) of what the data says; the model learns odds that are
@@ -82,6 +83,7 @@ class Weighting:
     text_weight: float = 1.0
     control_weight: float = 1.0  # lambda
     probe_weight: float = 0.0
+    recalled_weight: float = 0.0
     silence_weight: float = 1.0
     digits_weight: float = 1.0
 
@@ -129,7 +131,8 @@ class Objective(nn.Module):
         w = self.weighting
         total = w.text_weight * text + w.control_weight * control
         probes = self._probes(batch, tokens, hidden, decoder.halfway)
-        total = total + w.probe_weight * sum(probes)
+        heard, recognised, recalled = probes
+        total = total + w.probe_weight * (heard + recognised) + w.recalled_weight * recalled
         right = (logits.argmax(dim=-1) == respond).float()
         shares = right[respond == 0].mean(), right[respond == 1].mean()
         parts = (control, text, *probes, *shares)
@@ -148,7 +151,7 @@ class Objective(nn.Module):
         """Binary cross-entropies of the three probes, summed over what each tells apart; tokens [N A, D],
         hidden, halfway [B, T, D].
         """
-        if self.weighting.probe_weight == 0:
+        if self.weighting.probe_weight == self.weighting.recalled_weight == 0:
             return (tokens.new_zeros(()),) * 3
         model, a = self.model, self.config.chunk_tokens
         active, past = batch.active.flatten(0, 1), batch.past.flatten(1)

@@ -50,8 +50,8 @@ MODEL_DIMS = NewModel(
 def tiny(**changes: Any) -> Stage:
     values = {
         "name": "tiny", "steps": 6, "warmup": 2, "decay": 2, "peak_rate": 3e-3, "precision": "float32",
-        "loss": Weighting(probe_weight=0.5), "batch": BatchPlan(chunks=12, rows_s=(4.8,)),
-        "model": MODEL_DIMS,
+        "loss": Weighting(probe_weight=0.5, recalled_weight=0.5), "model": MODEL_DIMS,
+        "batch": BatchPlan(chunks=12, rows_s=(4.8,)),
     }  # fmt: skip
     return Stage(**{**values, **changes})
 

@@ -332,7 +332,7 @@ def test_what_is_recalled_is_told_at_the_end_of_every_chunk_from_halfway(tmp_pat
     config, batch = small(), make_batches(tmp_path)[4]
     model = Trainable(config, initial_weights(config, 0), classes=batch.past.shape[-1])
     torch.nn.init.normal_(model.recalled.weight, generator=torch.Generator().manual_seed(0))
-    loss = Objective(model, Weighting(probe_weight=1.0))
+    loss = Objective(model, Weighting(recalled_weight=1.0))
     assert loss(batch)[LOSSES.index("recalled")] > 0
     with ops.use_backend("reference"):
         encoder, decoder = model.stages()
@@ -346,6 +346,22 @@ def test_what_is_recalled_is_told_at_the_end_of_every_chunk_from_halfway(tmp_pat
     towards = torch.where(batch.past.flatten(1), logits, -logits).double()
     wanted = -F.logsigmoid(towards).sum().item() / len(ends)
     assert abs(loss(batch)[LOSSES.index("recalled")].item() - wanted) < 1e3 * EPS * wanted
+
+
+def test_every_probe_counts_as_much_as_its_weight_says(tmp_path: Path) -> None:
+    batch = make_batches(tmp_path)[4]
+    model = Trainable(small(), initial_weights(small(), 0), classes=batch.past.shape[-1])
+    only = {"text_weight": 0.0, "control_weight": 0.0}
+    for weights in (
+        {"probe_weight": 0.7},
+        {"recalled_weight": 0.3},
+        {"probe_weight": 0.7, "recalled_weight": 0.3},
+    ):
+        found = dict(zip(LOSSES, Objective(model, Weighting(**only, **weights))(batch).tolist(), strict=True))
+        expected = weights.get("probe_weight", 0) * (found["heard"] + found["recognised"])
+        expected += weights.get("recalled_weight", 0) * found["recalled"]
+        assert found["total"] == pytest.approx(expected, rel=8 * EPS)
+        assert expected > 0
 
 
 def test_the_keys_of_the_encoder_never_get_a_bias(tmp_path: Path) -> None:
