@@ -99,6 +99,7 @@ import os, signal, sys
 from fastloop import tensorfile
 from fastloop.cli import main
 inner, count, stop = tensorfile.require_finite, [0], int(sys.argv[3])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 import fastloop.convert as convert
 def checked(tensor, name):
     count[0] += 1
