@@ -141,10 +141,12 @@ def also(reasons: list[str], skipped: Report) -> Report:
 
 
 def nothing_usable(split: str | None, places: Sequence[Path], reasons: Sequence[str]) -> ShardError:
-    """The error of a corpus without a stream, with the first reason where there were any."""
+    """The error of a corpus without a stream: the first reason of those given, or else what makes streams."""
     of = "" if split is None else f" of split {split!r}"
-    why = f": {len(reasons)} could not be used, the first: {reasons[0]}" if reasons else ""
-    if split is not None and not reasons:
+    why = ""
+    if reasons:
+        why = f": {len(reasons)} could not be used, the first: {reasons[0]}"
+    elif split is not None:
         why = f"; `fastloop data build --split {split}` makes some"
     return ShardError(f"no usable stream{of} in {', '.join(map(str, places))}{why}")
 

@@ -25,6 +25,7 @@ from fastloop.soundflow.augment import (
     augment,
     centres_hz,
     draw_tempo,
+    draw_voice,
     mix,
     ring_on,
     stretch,
@@ -212,9 +213,11 @@ def test_attention_by_products_is_attention(length: int) -> None:
 
 
 def test_everything_at_once_stays_finite_and_above_the_floor() -> None:
-    settings = Augment(gain_db=(-20, 6), tilt_db=6, mix=1.0, narrow=0.5, mask=1.0)
+    settings = Augment(gain_db=(-20, 6), warp=0.12, tilt_db=6, mix=1.0, narrow=0.5, mask=1.0)
     for seed in range(8):
-        out = augment(torch.randn(4, 40, 128), settings, np.random.default_rng(seed), torch.randn(9, 40, 128))
+        rng = np.random.default_rng(seed)
+        voice = draw_voice(torch.randn(4, 40, 128), settings, rng)
+        out = augment(voice, settings, rng, torch.randn(9, 40, 128))
         assert out.shape == (4, 40, 128)
         assert torch.isfinite(out).all()
         assert out.min() >= -10
