@@ -3,9 +3,9 @@
     python bench/gpu_check.py --out DIR [--section NAME ...] [--budget SECONDS] [--tune]
     python bench/gpu_check.py --out DIR --dry-run      the whole program on the CPU, tiny, kernels interpreted
 
-Writes DIR/gpu_check.json (everything) and DIR/gpu_check.txt (the table) every few seconds. Each section runs
-in a process of its own with a limit of time, so a crash, a hang or a poisoned CUDA context costs that section
-alone and is named. Exit code 1 where a section failed or found something wrong.
+Writes DIR/gpu_check.json (everything) and DIR/gpu_check.txt (the table) every few seconds, and all that the
+sections print to DIR/gpu_check.log. Each section runs in a process of its own with a limit of time, so a crash,
+a hang or a poisoned CUDA context costs that section alone and is named. Exit code 1 where a section failed or found something wrong.
 """
 
 from __future__ import annotations
@@ -74,6 +74,7 @@ def main() -> int:
     chosen.out.mkdir(parents=True, exist_ok=True)
     if chosen.child:
         return child(chosen)
+    (chosen.out / "gpu_check.log").unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(prefix="gpu_check_", ignore_cleanup_errors=True) as parts:
         return parent(chosen, Path(parts))
 
@@ -149,8 +150,11 @@ def section(
     finally:
         end(process)
     result = found(status)
+    printed = log.read_text(errors="replace")
+    with (chosen.out / "gpu_check.log").open("a") as whole:
+        whole.write(f"==== {name}: {status}\n{printed}\n")
     if status != "ok":
-        result |= {"log": log.read_text(errors="replace")[-4000:], "exit_code": process.returncode}
+        result |= {"log": printed[-4000:], "exit_code": process.returncode}
     print(f"{name}: {result['status']}, {result['seconds']} s", flush=True)
     return result
 

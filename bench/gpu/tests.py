@@ -44,6 +44,7 @@ def run(context: Context, record: Record) -> None:
         report = context.parts / f"tests_{name}.xml"
         limit = (context.left_s - 2) / (len(suites) - place)
         code, said = finished(command(options, report), limit, folder=context.parts)
+        print(said)
         if code is None:
             _count_lines(name, said, limit, record)
         elif report.exists():

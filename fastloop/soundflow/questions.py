@@ -100,6 +100,7 @@ def answer(text: str, labels: Sequence[str], background: Collection[str] = ()) -
             if about in {_words(label) for label in background}:
                 return None
             if asked == WHETHER:
-                return Reply("Yes." if times else "No.", "normal")
+                # Names what it speaks of: from a lone yes or no a model learns no word of the question.
+                return Reply(f"{about[0].upper()}{about[1:]}? {'Yes' if times else 'No'}.", "normal")
             return Reply(f"{times}.", "normal") if times else None
     return None

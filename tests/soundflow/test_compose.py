@@ -332,7 +332,8 @@ def test_answers_about_the_past_are_true(seed: int) -> None:
     if match := re.fullmatch(r"how many times did you hear (.+)\?", said):
         assert answer == f"{words.count(match[1])}." and match[1] != "a rooster"
     elif match := re.fullmatch(r"did you hear (.+)\?", said):
-        assert answer == ("Yes." if match[1] in words else "No.") and match[1] != "a rooster"
+        told = "Yes" if match[1] in words else "No"
+        assert answer == f"{match[1].capitalize()}? {told}." and match[1] != "a rooster"
     else:
         expected = {"first": words[:1], "last": words[-1:]}.get(said.rstrip("?").split()[-1], words[:1])
         assert answer.lower() == f"{(expected or ['nothing special'])[0]}."
@@ -361,7 +362,7 @@ def test_whether_something_was_heard_cannot_be_told_from_the_question() -> None:
             told[question.text, question.answer.text] += 1
     for label in sounds:
         text = f"did you hear {sound_of(label).words}?"
-        yes, no = told[text, "Yes."], told[text, "No."]
+        yes, no = (told[text, f"{sound_of(label).words.capitalize()}? {end}."] for end in ("Yes", "No"))
         assert 0.1 < no / (yes + no) < 0.9, (text, yes, no)
 
 
