@@ -48,13 +48,15 @@ Device describe(int ordinal) {
     return device;
 }
 
-TensorMap tensor_map(const char* where, const TensorRows& r) {
+// The driver looks the address up in the current context: a thread may have none.
+TensorMap Module::tensor_map(const char* where, const TensorRows& r) const {
     if (reinterpret_cast<uintptr_t>(r.address) % 16 != 0 || r.stride_bytes % 16 != 0)
         fail(FASTLOOP_BAD_ARGUMENT, "%s: a matrix must begin at a multiple of 16 bytes and its rows be such a multiple "
              "apart", where);
     const uint64_t dims[2] = {r.width, r.rows}, strides[1] = {r.stride_bytes};
     const uint32_t box[2] = {r.box_width, r.box_rows}, ones[2] = {1, 1};
     TensorMap map{};
+    const Current current(device_.handle, primary_);
     const Result made = driver().cuTensorMapEncodeTiled(&map, r.type, 2, const_cast<void*>(r.address), dims, strides, box,
                                                         ones, 0, r.swizzle, r.promotion, 0);
     if (made != SUCCESS) must(made, (std::string(where) + ": cuTensorMapEncodeTiled").c_str());

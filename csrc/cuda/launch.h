@@ -46,9 +46,6 @@ struct TensorRows {
     Promotion promotion = Promotion::BYTES_256;
 };
 
-// A [rows, width] matrix for TMA loads of [box_rows, box_width].
-TensorMap tensor_map(const char* where, const TensorRows& rows);
-
 class Module {
   public:
     // Error if the device does not exist or the image holds no code for it.
@@ -58,6 +55,9 @@ class Module {
     Module& operator=(const Module&) = delete;
 
     const Device& device() const { return device_; }
+
+    // A [rows, width] matrix of this device for TMA loads of [box_rows, box_width].
+    TensorMap tensor_map(const char* where, const TensorRows& rows) const;
 
     // Starts kernel `name` on `stream` with parameters exactly of the types of its signature. An empty grid starts
     // nothing.

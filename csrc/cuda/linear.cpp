@@ -147,10 +147,11 @@ LinearParams kernel_params(const fastloop_cuda_linear_params& p, const Plan& pla
     return k;
 }
 
-TensorMap map_of(const char* what, const void* address, size_t rows, size_t width, size_t stride, unsigned box_rows) {
-    return tensor_map((std::string(WHERE) + ": " + what).c_str(),
-                      {TensorType::BFLOAT16, 2, address, rows, width, stride * 2, box_rows,
-                       static_cast<unsigned>(linear_depth(LINEAR_BF16)), Swizzle::BYTES_128});
+TensorMap map_of(const Module& module, const char* what, const void* address, size_t rows, size_t width, size_t stride,
+                 unsigned box_rows) {
+    return module.tensor_map((std::string(WHERE) + ": " + what).c_str(),
+                             {TensorType::BFLOAT16, 2, address, rows, width, stride * 2, box_rows,
+                              static_cast<unsigned>(linear_depth(LINEAR_BF16)), Swizzle::BYTES_128});
 }
 
 void launch(Module& module, const fastloop_cuda_linear_params& p, const Plan& plan) {
@@ -163,8 +164,9 @@ void launch(Module& module, const fastloop_cuda_linear_params& p, const Plan& pl
     if (plan.wgmma) {
         // One row is no stride apart from anything; the map wants a multiple of 16 bytes even then.
         const size_t x_stride = p.rows > 1 ? p.x_stride : up(p.in, 8) * 8;
-        const TensorMap weight = map_of("weight", p.weight, p.out_rows, p.in, p.weight_stride, LINEAR_CHANNELS / 2);
-        const TensorMap x = map_of("x", p.x, p.rows, p.in, x_stride, plan.row_block);
+        const TensorMap weight =
+            map_of(module, "weight", p.weight, p.out_rows, p.in, p.weight_stride, LINEAR_CHANNELS / 2);
+        const TensorMap x = map_of(module, "x", p.x, p.rows, p.in, x_stride, plan.row_block);
         shape = {{plan.tiles * plan.splits, plan.row_blocks, 1}, LINEAR_WGMMA_THREADS,
                  static_cast<unsigned>(linear_wgmma_shared(rows)), plan.splits, shape.dependent};
         module.launch(name.c_str(), shape, p.stream, weight, x, k);

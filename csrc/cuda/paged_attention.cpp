@@ -142,12 +142,12 @@ AttentionParams kernel_params(const Params& p, const Plan& plan) {
 }
 
 // The pages as a matrix: slots of the pool are rows, of which nobody says how many there are.
-TensorMap map_of(const Params& p, const char* what, const void* pages) {
+TensorMap map_of(const Module& module, const Params& p, const char* what, const void* pages) {
     const size_t width = p.kv_heads * p.head_width;
-    return tensor_map((std::string(WHERE) + ": " + what).c_str(),
-                      {p.dtype == FASTLOOP_CUDA_BFLOAT16 ? TensorType::BFLOAT16 : TensorType::FLOAT16, 2, pages, INT_MAX, width,
-                       width * 2, static_cast<unsigned>(std::min<size_t>(p.page_tokens, ATTENTION_STEP)), 64,
-                       Swizzle::BYTES_128});
+    const TensorType type = p.dtype == FASTLOOP_CUDA_BFLOAT16 ? TensorType::BFLOAT16 : TensorType::FLOAT16;
+    const auto box_rows = static_cast<unsigned>(std::min<size_t>(p.page_tokens, ATTENTION_STEP));
+    return module.tensor_map((std::string(WHERE) + ": " + what).c_str(),
+                             {type, 2, pages, INT_MAX, width, width * 2, box_rows, 64, Swizzle::BYTES_128});
 }
 
 void launch(Module& module, const Params& p, const Plan& plan) {
@@ -158,8 +158,8 @@ void launch(Module& module, const Params& p, const Plan& plan) {
         shape.threads = ATTENTION_WGMMA_THREADS;
         shape.shared_bytes = ATTENTION_WGMMA_SHARED_BYTES;
         const std::string name = std::string("paged_attention_wgmma_") + name_of(WHERE, p.dtype) + head;
-        module.launch(name.c_str(), shape, p.stream, map_of(p, "k_pages", p.k_pages), map_of(p, "v_pages", p.v_pages),
-                      kernel_params(p, plan));
+        module.launch(name.c_str(), shape, p.stream, map_of(module, p, "k_pages", p.k_pages),
+                      map_of(module, p, "v_pages", p.v_pages), kernel_params(p, plan));
     } else {
         const std::string name = std::string("paged_attention_") + name_of(WHERE, p.dtype) + "_" + name_of(WHERE, p.page_dtype);
         module.launch((name + head).c_str(), shape, p.stream, kernel_params(p, plan));

@@ -279,7 +279,7 @@ PUBLIC Result cuLaunchKernelEx(const LaunchConfig* config, Function function, vo
     return 719;  // launch failed
 }
 
-// The rules of cuTensorMapEncodeTiled that a matrix of rows can break.
+// The rules of cuTensorMapEncodeTiled that a call here can break: of its matrix, and that a context is current.
 PUBLIC Result cuTensorMapEncodeTiled(TensorMap* map, TensorType type, uint32_t rank, void* address, const uint64_t* dims,
                                      const uint64_t* strides, const uint32_t* box, const uint32_t* element_strides,
                                      int interleave, Swizzle swizzle, Promotion, int fill) {
@@ -291,6 +291,7 @@ PUBLIC Result cuTensorMapEncodeTiled(TensorMap* map, TensorType type, uint32_t r
                        element_strides[1] == 1 && interleave == 0 && fill == 0 &&
                        reinterpret_cast<uintptr_t>(map) % 64 == 0 && (swizzle != Swizzle::BYTES_128 || row_bytes <= 128);
     if (!right) return 1;
+    if (contexts.empty()) return 201;
     const cuda_emulation::MapFields fields{cuda_emulation::MapFields::kMagic, static_cast<const unsigned char*>(address),
                                            dims[0], dims[1], strides[0], box[0], box[1], itemsize,
                                            static_cast<uint32_t>(swizzle)};
