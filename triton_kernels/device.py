@@ -21,9 +21,13 @@ def begin(DEPENDENT: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc):
-    """acc [M, N] float32 + a [M, K] b [K, N]; float32 operands are multiplied as such (no TF32)."""
+    """acc [M, N] float32 + a [M, K] b [K, N]; float32 operands are multiplied as such (no TF32), and their K
+    products are summed apart: in one chain with all that acc has, sums of a thousand lose twice the bits.
+    """
     if INTERPRETED:  # the interpreter multiplies the bit patterns of bfloat16; products of floats are exact
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    elif a.dtype == tl.float32:  # the last option keeps the compiler from making one chain of the two
+        acc += tl.dot(a, b, input_precision="ieee", max_num_imprecise_acc=1)
     else:
         acc = tl.dot(a, b, acc, input_precision="ieee")
     return acc

@@ -33,7 +33,7 @@ from torch import Tensor
 from ..ops.paged_attention import _check as check_paged_attention
 from ..ops.paged_attention import scaled_of
 from .device import LOG2_E, begin, dot, narrow, widen
-from .launch import accept, accept_float8, launch, processors
+from .launch import accept, accept_float8, launch, processors, rows_apart
 from .rope_append import cos_sin, cos_sin_near
 from .tuning import choose
 
@@ -280,9 +280,9 @@ def paged_attention_triton(
     accept("paged_attention", q=q, kv_scale=kv_scale, bias=bias, positions=positions)
     for name, pool in (("k_pages", k_pages), ("v_pages", v_pages)):
         accept_float8("paged_attention", name, pool)
-    if not (k_pages.is_contiguous() and v_pages.is_contiguous()):
-        raise ValueError("paged_attention: k_pages and v_pages must be contiguous; the pool is not copied")
-    q = q.contiguous()
+        if not pool.is_contiguous():
+            raise ValueError(f"paged_attention: {name} must be contiguous; the pool is not copied")
+    q, block_table = q.contiguous(), rows_apart(block_table)
     row_starts, kv_lens, gaps = row_starts.contiguous(), kv_lens.contiguous(), gaps.contiguous()
     rows, heads, head = q.shape
     groups, sequences = k_pages.shape[2], kv_lens.shape[0]

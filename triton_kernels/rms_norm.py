@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..ops.native import check_in_place
 from ..ops.rms_norm import _check as check_rms_norm
 from .device import begin, narrow, rsqrt
 from .launch import accept, launch, rows_apart
@@ -49,10 +50,7 @@ def rms_norm_triton(x: Tensor, weight: Tensor, eps: float, residual: Tensor | No
     rows, width = x.shape
     if residual is not None:
         if residual.stride(1) != 1 and width > 1:
-            raise ValueError(
-                f"rms_norm: residual is changed in place and its rows must be contiguous, its strides are "
-                f"{residual.stride()}"
-            )
+            check_in_place("rms_norm", "residual", residual)
         residual_stride = residual.stride(0)
     y = torch.empty((rows, width), dtype=x.dtype, device=x.device)
     config = choose("rms_norm", x.device, rows=rows, width=width)

@@ -7,7 +7,8 @@ FASTLOOP_CAPTURE=0 runs the same work op by op. No global state of torch is chan
 
 One graph of the process is captured at a time, whichever engine and thread wants it: a capture begins and
 ends with a wait for its whole device, which CUDA refuses while another one is on its way there. For as long
-it also refuses torch.cuda.synchronize() of the program around it; events and streams may be awaited.
+it also refuses torch.cuda.synchronize() of the program around it; events and streams may be awaited. Python's
+garbage collector waits until the capture has ended (`uncollected`).
 
 FASTLOOP_DEPENDENT=1 lets the kernels of backend "cuda" start before the one in front of them in their graph
 has ended, and load their weights meanwhile (fastloop.ops.cuda.dependent_launches; sm_90 and newer). No work
@@ -18,9 +19,11 @@ right and faster. (Triton's kernels have it by their table of the device.)
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import os
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -66,6 +69,21 @@ def _switch(name: str, default: str) -> bool:
     return value == "1"
 
 
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Inside, no garbage of the process is collected by itself: that of an engine holds graphs and events,
+    and if the thread that captures destroys one, CUDA ends the capture with an error. What other threads drop
+    meanwhile, they destroy themselves, which is allowed.
+    """
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
+
+
 class Graphs:
     """What captures for the streams of one runner."""
 
@@ -96,7 +114,7 @@ class Graphs:
             else:
                 graphs.append(capture_tape(work, static, constants))
 
-        with _CAPTURING:
+        with _CAPTURING, uncollected():
             schedule.capture(self._streams, stream, capture)
         return graphs[0]
 
@@ -125,7 +143,7 @@ class Graphs:
             else:
                 graphs.append(loop_tape(body, condition, static, constants))
 
-        with _CAPTURING:
+        with _CAPTURING, uncollected():
             schedule.capture(self._streams, stream, capture)
         return graphs[0]
 

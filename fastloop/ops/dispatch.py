@@ -109,7 +109,8 @@ class Op(Generic[P, R]):
         reference: the definition, in a few lines of PyTorch; annotated, as torch.library reads its
             schema from the annotations.
         fake: same arguments; returns empty tensors of the right shapes (for tracing).
-        mutates: names of the arguments changed in place.
+        mutates: names of the arguments changed in place. Where one is optional, torch.ops takes it without
+            its default: None is passed.
     """
 
     def __init__(
@@ -125,6 +126,9 @@ class Op(Generic[P, R]):
         self.otherwise: dict[str, str] = {}  # device -> what serves the calls that its default does not take
         self._arguments = list(inspect.signature(reference).parameters)
         schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
+        # torch 2.11 drops trailing arguments that are as their default says, and then looks for this one.
+        for changed in mutates:
+            schema = schema.replace(f"? {changed}=None", f"? {changed}")
         self.torch_op = torch.library.custom_op(
             f"fastloop::{name}", self.__call__, mutates_args=tuple(mutates), schema=schema
         )

@@ -139,7 +139,7 @@ def rms_norm_case(
         "eps": 1e-6,
     }
     if not residual:
-        return Case(arguments)
+        return Case({**arguments, "residual": None})
     summand = _normal(g, rows, width, dtype=dtype, scale=scale)
     return Case({**arguments, "residual": summand}, mutates=("residual",))
 

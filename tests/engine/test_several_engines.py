@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import time
@@ -75,6 +76,48 @@ def test_one_graph_is_captured_at_a_time() -> None:
 
     together([capture] * 4)
     assert most == 1
+
+
+class Dropped:
+    """Part of a cycle, as an engine is; says when it is destroyed."""
+
+    def __init__(self, told: list[str]) -> None:
+        self.itself = self
+        self.told = told
+
+    def __del__(self) -> None:
+        self.told.append("destroyed")
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_no_garbage_is_destroyed_by_a_capture(collecting: bool) -> None:
+    """CUDA ends a capture whose thread destroys a graph. Afterwards garbage is collected as it was before."""
+    graphs, condition = Graphs(torch.device("cpu"), HostStreams()), torch.ones(1, dtype=torch.int32)
+    told: list[str] = []
+    counts: list[tuple[int, int]] = []  # destroyed before and after each work
+
+    def work() -> None:
+        before = len(told)
+        Dropped(told)
+        kept = [[i] for i in range(100)]  # with a threshold of 1, any of them would begin a collection
+        counts.append((before, len(told)))
+        condition.fill_(len(kept) - 100)
+
+    thresholds, before = gc.get_threshold(), gc.isenabled()
+    gc.collect()
+    try:
+        gc.set_threshold(1, 1, 1)
+        if not collecting:
+            gc.disable()
+        graphs.make(DECODE, work, {"c": condition}, [])
+        graphs.make_loop(DECODE, work, condition, {"c": condition}, [])
+        assert gc.isenabled() is collecting
+    finally:
+        gc.set_threshold(*thresholds)
+        (gc.enable if before else gc.disable)()
+    assert len(counts) == 2 and all(before == after for before, after in counts)
+    gc.collect()
+    assert told == ["destroyed"] * 2
 
 
 def test_engines_in_threads_say_what_each_says_alone() -> None:

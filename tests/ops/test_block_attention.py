@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastloop.testing.assertions import assert_defined, assert_near, assert_right, bits, seeded
 from fastloop.testing.implementations import Implementation, copied
-from fastloop.testing.op_cases import block_attention_case
+from fastloop.testing.op_cases import Case, block_attention_case
 
 seeds = st.integers(0, 2**32 - 1)
 blocks = st.sampled_from([1, 2, 13])
@@ -32,10 +32,12 @@ def test_errs_at_most_twice_as_much_as_torch(
     heads: int,
     head_width: int,
 ) -> None:
-    case = block_attention_case(
-        seeded(seed), blocks=blocks, positions=positions, heads=heads, head_width=head_width, dtype=dtype
-    )
-    assert_right(implementation, case)
+    sizes = {"blocks": blocks, "positions": positions, "heads": heads, "head_width": head_width}
+
+    def draw(generator: torch.Generator) -> Case:
+        return block_attention_case(generator, **sizes, dtype=dtype)
+
+    assert_right(implementation, draw(seeded(seed)), draw)
 
 
 def in_numpy(qkv: Tensor, heads: int) -> np.ndarray:

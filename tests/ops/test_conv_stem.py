@@ -6,13 +6,17 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from scipy.special import erf
 from torch import Tensor
 
+from fastloop.ops.conv_stem import _conv_by_taps
 from fastloop.testing.assertions import assert_defined, assert_near, assert_right, bits, seeded
 from fastloop.testing.implementations import Implementation, copied
 from fastloop.testing.op_cases import conv_stem_case
+from fastloop.testing.selfcheck import widened
+from fastloop.testing.tolerance import FORMULA_BOUND, relative_error
 
 seeds = st.integers(0, 2**32 - 1)
 blocks = st.sampled_from([1, 2, 3, 13])
@@ -94,3 +98,13 @@ def test_positions_are_added_last(implementation: Implementation, seed: int, fra
     zeros = {name: torch.zeros_like(a[name]) for name in ("weight2", "bias2")}
     length = (frames + 1) // 2
     assert torch.equal(implementation(**a | zeros), a["positions"][:length].expand(2, length, 24))
+
+
+@given(seed=seeds, stride=st.sampled_from([1, 2]), frames=st.integers(1, 41))
+def test_products_of_taps_are_the_convolution(seed: int, stride: int, frames: int) -> None:
+    """What the definition does in float32 on a GPU."""
+    a = widened(conv_stem_case(seeded(seed), frames=frames).arguments)
+    x, weight, bias = a["frames"], a["weight1"], a["bias1"]
+    theirs = F.conv1d(x.mT, weight, bias, stride=stride, padding=1).mT
+    ours = _conv_by_taps(x, weight, bias, stride)
+    assert ours.shape == theirs.shape and relative_error(ours, theirs) <= FORMULA_BOUND

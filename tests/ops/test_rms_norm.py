@@ -44,7 +44,7 @@ def test_definition(seed: int, rows: int, width: int, residual: bool) -> None:
         y = a / np.sqrt((a**2).mean(-1, keepdims=True) + eps) * weight.numpy()
         return [y] if residual is None else [y, a]
 
-    def in_torch(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def in_torch(x: Tensor, weight: Tensor, eps: float, residual: None) -> Tensor:
         return F.rms_norm(x, (x.shape[-1],), weight, eps)
 
     case = rms_norm_case(seeded(seed), rows=rows, width=width, residual=residual)

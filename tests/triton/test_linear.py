@@ -50,8 +50,8 @@ def test_split_depth(check: Check, epilogue: str) -> None:
     check("linear", case)
 
 
-def test_no_rows() -> None:
-    x, weight = torch.empty(0, 32), torch.ones(8, 32)
+def test_no_rows(device: str) -> None:
+    x, weight = torch.empty(0, 32, device=device), torch.ones(8, 32, device=device)
     assert linear_triton(x, weight).shape == (0, 8)
 
 

@@ -63,6 +63,23 @@ def test_any_page(check: Check, page: int) -> None:
     check("paged_attention", paged_attention_case(generator(4), page=page))
 
 
+def test_a_table_of_any_strides(device: str) -> None:
+    run = Implementation("paged_attention", "triton", device)
+    arguments = paged_attention_case(generator(15), rows=(5, 1), lens=(40, 33)).arguments
+    table = arguments["block_table"]
+    turned = table.T.contiguous().T
+    assert turned.stride() != table.stride()
+    assert torch.equal(run(**arguments | {"block_table": turned}), run(**arguments))
+
+
+@pytest.mark.parametrize("name", ["k_pages", "v_pages"])
+def test_pools_are_not_copied(device: str, name: str) -> None:
+    arguments = paged_attention_case(generator(16)).arguments
+    spread = arguments[name].transpose(1, 2).contiguous().transpose(1, 2)
+    with pytest.raises(ValueError, match=f"{name} must be contiguous; the pool is not copied"):
+        Implementation("paged_attention", "triton", device)(**arguments | {name: spread})
+
+
 def test_pages_of_another_dtype(check: Check) -> None:
     case = paged_attention_case(generator(5), dtype=torch.float16, page_dtype=torch.float32)
     check("paged_attention", case)

@@ -31,3 +31,10 @@ def test_a_sum_of_zero_is_zero(device: str) -> None:
         x=x, weight=torch.ones_like(x[0]), eps=1e-6, residual=residual
     )
     assert not residual.any() and not y.any()
+
+
+def test_a_residual_whose_rows_are_not_contiguous_is_refused(device: str) -> None:
+    arguments = rms_norm_case(torch.Generator().manual_seed(1), residual=True).arguments
+    arguments["residual"] = arguments["residual"].T.contiguous().T
+    with pytest.raises(ValueError, match="residual is changed in place and must be contiguous"):
+        Implementation("rms_norm", "triton", device)(**arguments)
