@@ -51,6 +51,8 @@ class NoModel:
     def encode_clip(self, pcm: np.ndarray) -> Tensor:
         return torch.empty(1, 1)
 
+    def release(self) -> None: ...
+
     def collect(self) -> StepResult:
         return self.results.popleft()
 

@@ -71,6 +71,11 @@ class CapturedPerceive:
         """The buckets of streams and those of chunks that have graphs so far."""
         return sorted({streams for streams, _, _ in self._ears}), sorted(self._encoders)
 
+    def release(self) -> None:
+        """Free the graphs and their buffers; nothing is on its way."""
+        self._ears.clear()
+        self._encoders.clear()
+
     def perceive(self, rounds: Sequence[Round], number: int) -> Tensor:
         """Rounds of chunks -> the `number`-th group of audio tokens [n, A, D], in memory of its own."""
         made: list[Tensor] = []

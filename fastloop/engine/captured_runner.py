@@ -139,6 +139,16 @@ class CapturedRunner(EagerRunner):
         schedule.collect(self._streams, turn, lambda: results.append(buffers.result(batch)))
         return results[0]
 
+    def release(self) -> None:
+        """The graphs and their buffers. An engine that was dropped is cycles of garbage, which any thread may
+        collect at any time: one that captures graphs could not destroy these.
+        """
+        self.settle("release", lambda: None)
+        self._sets.clear()
+        self._perceive.release()
+        if self.replies is not None:
+            self.replies.release()
+
     @property
     def captured(self) -> list[Bucket]:
         """The buckets that have a graph so far, in order."""

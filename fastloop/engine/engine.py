@@ -350,7 +350,7 @@ class Engine:
         self.run_until_idle()
 
     def close(self) -> None:
-        """Close every session. Idempotent; waits for the step in progress."""
+        """Close every session and free the runner's graphs. Idempotent; waits for the step in progress."""
         self._draining = True
         with self._step_lock:  # a session that is being opened is open by now, or will not be
             sessions = list(self._sessions.values())
@@ -359,6 +359,7 @@ class Engine:
         self._sequences.clear()
         with self._step_lock, contextlib.suppress(Exception):  # told by `health`
             self._collect_all()
+            self.runner.release()
 
     def check(self) -> None:
         """The page books against what the sessions say; AssertionError where they differ."""

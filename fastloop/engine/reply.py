@@ -206,6 +206,10 @@ class Replies:
         """Let the reply end after the token it is at."""
         self._own.told.fill_(0)
 
+    def release(self) -> None:
+        """Free the graphs and their buffers; no reply is on its way."""
+        self._programs.clear()
+
     def _program(self, bucket: Bucket) -> tuple[ReplyProgram, Graph]:
         if bucket not in self._programs:
             program = ReplyProgram(self._step, bucket, self._spare_slot, self._own)

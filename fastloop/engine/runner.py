@@ -108,6 +108,9 @@ class Runner(Protocol):
     def collect(self) -> StepResult:
         """The result of the oldest step that was submitted and not collected."""
 
+    def release(self) -> None:
+        """Free at once what a later step would make again. Every step has been collected."""
+
 
 class EagerRunner:
     """Op by op, on the model's device."""
@@ -199,6 +202,9 @@ class EagerRunner:
 
     def collect(self) -> StepResult:
         return self._results.popleft()
+
+    def release(self) -> None:
+        pass
 
     @torch.inference_mode()
     def step(self, batch: StepBatch) -> StepResult:

@@ -86,6 +86,8 @@ class Device:
     def encode_clip(self, pcm: np.ndarray) -> Tensor:
         return torch.empty(1, 1)
 
+    def release(self) -> None: ...
+
     def submit(self, batch: StepBatch) -> None:
         seconds = self.step_s + self.row_s * len(batch.ids)
         self.longest = max(self.longest, seconds)

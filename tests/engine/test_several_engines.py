@@ -6,6 +6,7 @@ import gc
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from fastloop.checkpoint import Model
 from fastloop.config import small
 from fastloop.engine import Engine
+from fastloop.engine.captured_runner import CapturedRunner
 from fastloop.engine.graphs import Graphs
 from fastloop.engine.streams import DECODE, HostStreams
 from fastloop.options import DecisionPolicy, EngineConfig, Sampling, SessionConfig
@@ -118,6 +120,30 @@ def test_no_garbage_is_destroyed_by_a_capture(collecting: bool) -> None:
     assert len(counts) == 2 and all(before == after for before, after in counts)
     gc.collect()
     assert told == ["destroyed"] * 2
+
+
+def test_a_closed_engine_has_no_graphs() -> None:
+    """They are gone without the garbage collector, which would find the rest of it at any later time."""
+    model = random_model(small(), seed=3)
+    policy = lively_policy(model)
+    engine = Engine(model, EngineConfig(runner="captured", page_tokens=16))
+    heard = run_engine(engine, scripts(policy, 1))
+    runner = engine.runner
+    assert isinstance(runner, CapturedRunner)
+    perceive = runner._perceive
+    graphs = [own.graph for own in runner._sets.values()] + list(perceive._encoders.values())
+    graphs += [ear.graph for ear in perceive._ears.values()]
+    gone = [weakref.ref(graph) for graph in graphs]
+    assert len(gone) >= 3 and all(graph() for graph in gone)
+    gc.disable()
+    try:
+        del graphs
+        engine.close()
+        assert not any(graph() for graph in gone)
+    finally:
+        gc.enable()
+    engine.close()
+    assert any(event.type == "response.end" for events in heard for event in events)
 
 
 def test_engines_in_threads_say_what_each_says_alone() -> None:
