@@ -34,6 +34,20 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def dot_once(a, b):
+    """a [M, K] b [K, N] in float32, as `dot`; float32 operands are summed in chains of 32 products."""
+    M: tl.constexpr = a.shape[0]
+    K: tl.constexpr = a.shape[1]
+    N: tl.constexpr = b.shape[1]
+    if a.dtype == tl.float32 and K > 32:
+        parts = tl.permute(tl.reshape(a, (M, K // 32, 32)), (1, 0, 2))
+        made = tl.sum(tl.dot(parts, tl.reshape(b, (K // 32, 32, N)), input_precision="ieee"), 0)
+    else:
+        made = dot(a, b, tl.zeros((M, N), tl.float32))
+    return made
+
+
+@triton.jit
 def narrow(x, DTYPE: tl.constexpr):
     """float32 x rounded to nearest, ties to even, in DTYPE."""
     if INTERPRETED and tl.bfloat16 == DTYPE:  # the interpreter cuts the last 16 bits off

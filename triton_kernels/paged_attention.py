@@ -32,7 +32,7 @@ from torch import Tensor
 
 from ..ops.paged_attention import _check as check_paged_attention
 from ..ops.paged_attention import scaled_of
-from .device import LOG2_E, begin, dot, narrow, widen
+from .device import LOG2_E, begin, dot, dot_once, narrow, widen
 from .launch import accept, accept_float8, launch, processors, rows_apart
 from .rope_append import cos_sin, cos_sin_near
 from .tuning import choose
@@ -142,7 +142,7 @@ def _attend(
             k = narrow(stored * k_scale + whole, COMPUTE)
         else:
             k = tl.load(k_pages + place, mask=there, other=0.0).to(COMPUTE)
-        scores = dot(queries, tl.trans(k), tl.zeros((BLOCK_ROWS, BLOCK_SLOTS), tl.float32))
+        scores = dot_once(queries, tl.trans(k))
         seen = written[None, :] & (slot[None, :] <= own[:, None])
         scores = tl.where(seen, scores * (scale * LOG2_E), float("-inf"))
         peak = tl.maximum(most, tl.max(scores, 1))
