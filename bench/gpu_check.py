@@ -4,8 +4,9 @@
     python bench/gpu_check.py --out DIR --dry-run      the whole program on the CPU, tiny, kernels interpreted
 
 Writes DIR/gpu_check.json (everything) and DIR/gpu_check.txt (the table) every few seconds, and all that the
-sections print to DIR/gpu_check.log. Each section runs in a process of its own with a limit of time, so a crash,
-a hang or a poisoned CUDA context costs that section alone and is named. Exit code 1 where a section failed or found something wrong.
+sections print to DIR/gpu_check.log. Each section runs in a process of its own with a limit of time, so a
+crash, a hang or a poisoned CUDA context costs that section alone and is named. Exit code 1 where a section
+failed or found something wrong.
 """
 
 from __future__ import annotations

@@ -20,6 +20,37 @@ def begin(DEPENDENT: tl.constexpr):
 
 
 @triton.jit
+def begin_early(DEPENDENT: tl.constexpr):
+    """The first half of `begin`: for kernels that have something to do before they need what the previous
+    one wrote; `begin_late` is the second half.
+    """
+    if DEPENDENT:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def begin_late(DEPENDENT: tl.constexpr):
+    if DEPENDENT:
+        tl.extra.cuda.gdc_wait()
+
+
+@triton.jit
+def prefetch(address, mask):
+    """Ask the L2 cache for the line at each address. A hint: what is read later is what memory holds then,
+    whoever wrote it meanwhile.
+    """
+    if not INTERPRETED:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred some; setp.ne.u32 some, $2, 0; @some prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+            "=r,l,r",
+            [address.to(tl.uint64, bitcast=True), mask.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def dot(a, b, acc):
     """acc [M, N] float32 + a [M, K] b [K, N]; float32 operands are multiplied as such (no TF32), and their K
     products are summed apart: in one chain with all that acc has, sums of a thousand lose twice the bits.

@@ -17,9 +17,9 @@ import torch
 import triton
 from torch import Tensor
 
+from ..ops.dependent import are_dependent
 from ..ops.dispatch import BackendError
 from ..ops.triton import FLOATS
-from .tuning import table
 
 INTERPRETED: bool = triton.knobs.runtime.interpret  # fixed when the kernels are decorated
 INTERPRETED_PROCESSORS = 8  # what the interpreter says it has: enough for splits to occur in small tests
@@ -101,32 +101,8 @@ def processors(device: torch.device) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _dependent_by_table(device: torch.device) -> bool:
-    return bool(table(device).get("dependent_launch", False))
-
-
-@functools.lru_cache(maxsize=64)
 def _can_depend(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-_dependent: contextvars.ContextVar[bool | None] = contextvars.ContextVar("dependent", default=None)
-
-
-@contextlib.contextmanager
-def dependent_launches(wanted: bool) -> Iterator[None]:
-    """Inside, kernels are or are not launched dependently, whatever the device's table says."""
-    token = _dependent.set(wanted)
-    try:
-        yield
-    finally:
-        _dependent.reset(token)
-
-
-def is_dependent(device: torch.device) -> bool:
-    """Programmatic dependent launch: on sm_90 and newer, where the device's table asks for it."""
-    wanted = _dependent.get()
-    return _can_depend(device) and (_dependent_by_table(device) if wanted is None else wanted)
 
 
 def launch(
@@ -148,10 +124,10 @@ def launch(
     if recorder is not None:
         names = [name for name in kernel.arg_names if name not in constants and name != "DEPENDENT"]
         named = dict(zip(names, arguments, strict=True))
-        depends = constants | {"DEPENDENT": bool(_dependent.get())}
+        depends = constants | {"DEPENDENT": are_dependent()}
         recorder.append(Launch(kernel, grid, named, depends, warps, stages))
         return
-    dependent = is_dependent(device)
+    dependent = are_dependent() and _can_depend(device)
     options: dict[str, Any] = {"num_warps": warps, "num_stages": stages}
     if dependent:
         options["launch_pdl"] = True

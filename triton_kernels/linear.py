@@ -24,11 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ..ops.linear import _check as check_linear
-from .device import begin, dot, gelu, narrow, silu
+from .device import begin, begin_early, begin_late, dot, gelu, narrow, prefetch, silu
 from .launch import accept, launch, processors, rows_apart
 from .tuning import choose
 
+LINE_BYTES = tl.constexpr(128)  # of L2
 OUT_GROUP = tl.constexpr(8)  # neighbouring programs share x tiles of so many output tiles
+PREFETCH_KB = 64  # of a program: 132 processors ask for 8.4 MB while the kernel in front ends
 LEAST_STEPS = 4  # of a split: below that, filling the pipeline takes longer than what it streams
 
 
@@ -59,6 +61,15 @@ def _tile(
         first = raw.to(X)
         second = first
     return first, second
+
+
+@triton.jit
+def _ask(weight, channel, mask, begin_column, last, depth, PREFETCH: tl.constexpr):
+    """Have L2 load the first PREFETCH columns of the rows `channel`, as far as `last`."""
+    LINE: tl.constexpr = LINE_BYTES * 8 // weight.dtype.element_ty.primitive_bitwidth
+    column = begin_column + tl.arange(0, PREFETCH // LINE) * LINE
+    there = mask[:, None] & (column < last)[None, :]
+    prefetch(weight + channel.to(tl.int64)[:, None] * depth + column[None, :], there)
 
 
 @triton.jit
@@ -116,11 +127,13 @@ def _finish(
 def _linear(
     x, weight, scale, bias, residual, y, partial, rows, width, depth, x_stride, residual_stride, period,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, SPLITS: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_DEPTH: tl.constexpr, DEPENDENT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, SPLITS: tl.constexpr, PREFETCH: tl.constexpr, BLOCK_OUT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """depth: of a stored weight row (bytes for int4); width: output channels."""
-    begin(DEPENDENT)
+    """depth: of a stored weight row (bytes for int4); width: output channels; PREFETCH: columns of each
+    weight row that L2 is asked for while the kernel in front runs on.
+    """
+    begin_early(DEPENDENT)
     GATE: tl.constexpr = EPILOGUE == "silu_gate"
     X: tl.constexpr = x.dtype.element_ty
     COLUMNS: tl.constexpr = BLOCK_DEPTH // 2 if FORMAT == "int4" else BLOCK_DEPTH  # stored in a step
@@ -138,6 +151,12 @@ def _linear(
     up = acc
     steps = tl.cdiv(tl.cdiv(depth, COLUMNS), SPLITS)
     last = tl.minimum(depth, (split + 1) * steps * COLUMNS)
+    if DEPENDENT and PREFETCH > 0:
+        start = split * steps * COLUMNS
+        _ask(weight, channel, mask, start, last, depth, PREFETCH)
+        if GATE:
+            _ask(weight, width + channel, mask, start, last, depth, PREFETCH)
+    begin_late(DEPENDENT)
     for begin_column in range(split * steps * COLUMNS, last, COLUMNS):
         column = begin_column + tl.arange(0, COLUMNS)
         inside = column < depth
@@ -208,6 +227,12 @@ def depth_splits(tiles: int, steps: int, processors: int, most: int) -> int:
     return max(1, min(wanted, steps // LEAST_STEPS, most))
 
 
+def prefetched(kilobytes: int, weight: Tensor, block_out: int, gate: bool) -> int:
+    """Columns of each of a program's weight rows that make so many kilobytes: whole lines, a power of two."""
+    columns = 1024 * kilobytes // (weight.element_size() * block_out * (1 + gate))
+    return columns if columns * weight.element_size() >= LINE_BYTES.value else 0
+
+
 def run_linear(
     x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, epilogue: str,
     residual: Tensor | None, weights: str = "plain", group: int = 1,
@@ -227,6 +252,7 @@ def run_linear(
         )
     )  # fmt: skip
     block_out, block_rows, most = config["BLOCK_OUT"], config["BLOCK_ROWS"], config.pop("max_splits")
+    ahead = prefetched(config.pop("prefetch_kb", PREFETCH_KB), weight, block_out, epilogue == "silu_gate")
     tiles = triton.cdiv(rows, block_rows) * triton.cdiv(width, block_out)
     steps = triton.cdiv(x.shape[1], config["BLOCK_DEPTH"])
     splits = depth_splits(tiles, steps, processors(x.device), most)
@@ -237,7 +263,8 @@ def run_linear(
         partial = torch.empty((splits, rows, weight.shape[0]), dtype=torch.float32, device=x.device)
     launch(
         _linear, (tiles, splits), x, weight, scale, bias, residual, y, partial, rows, width, depth,
-        x.stride(0), stride, period, FORMAT=weights, GROUP=group, SPLITS=splits, **finish, **config,
+        x.stride(0), stride, period, FORMAT=weights, GROUP=group, SPLITS=splits, PREFETCH=ahead, **finish,
+        **config,
     )  # fmt: skip
     if partial is not None:
         block = (min(128, triton.next_power_of_2(width)), min(4, triton.next_power_of_2(rows)))

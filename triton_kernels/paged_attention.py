@@ -44,12 +44,15 @@ def _ceil(a, b):
 
 
 @triton.jit
-def _range(rows, length, quantum, SMALL: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SLOTS: tl.constexpr):
+def _range(
+    rows, length, quantum, SMALL: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+):  # fmt: skip
     """(steps of BLOCK_SLOTS slots in a range, ranges) of a sequence. A tile of 104 rows writes 53 KB of
-    scratch for a range and reads 16 KB for a step of 32 slots: at least four steps then. No rows: no range.
+    scratch for a range and reads 16 KB for a step of 32 slots: at least LEAST steps then. No rows: no range.
     """
     steps = tl.where(rows > 0, _ceil(length, BLOCK_SLOTS), 0)
-    least = tl.where(rows <= SMALL, 1, 4)
+    least = tl.where(rows <= SMALL, 1, LEAST)
     each = tl.maximum(tl.maximum(quantum, least), _ceil(steps, SPLITS))
     return each, _ceil(steps, each)
 
@@ -57,7 +60,7 @@ def _range(rows, length, quantum, SMALL: tl.constexpr, SPLITS: tl.constexpr, BLO
 @triton.jit
 def _plan(
     row_starts, kv_lens, sequences, programs, TILE: tl.constexpr, SMALL: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
+    LEAST: tl.constexpr, BLOCK_SLOTS: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
 ):  # fmt: skip
     """The steps that a program's share has, and for every sequence its units, up to and with it: (quantum,
     all units, those of split sequences, which need scratch).
@@ -69,7 +72,7 @@ def _plan(
     tiles = _ceil(rows, TILE)
     steps = tl.where(rows > 0, _ceil(length, BLOCK_SLOTS), 0)
     quantum = _ceil(tl.sum(tiles * steps, 0), programs)
-    _, ranges = _range(rows, length, quantum, SMALL, SPLITS, BLOCK_SLOTS)
+    _, ranges = _range(rows, length, quantum, SMALL, SPLITS, LEAST, BLOCK_SLOTS)
     units = tiles * ranges
     return quantum, tl.cumsum(units, 0), tl.cumsum(tl.where(ranges > 1, units, 0), 0)
 
@@ -176,22 +179,22 @@ def _attend(
 def _paged_attention(
     q, k_pages, v_pages, kv_scale, bias, positions, inv_freq, block_table, row_starts, kv_lens, gaps, out,
     partial, lse, sequences, groups, table_stride, scale, programs, R: tl.constexpr, HEAD: tl.constexpr,
-    PAGE: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr, SPLITS: tl.constexpr, TILE: tl.constexpr,
-    SMALL: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_SLOTS: tl.constexpr, DEPENDENT: tl.constexpr,
+    PAGE: tl.constexpr, WIDE: tl.constexpr, SCALED: tl.constexpr, SPLITS: tl.constexpr, LEAST: tl.constexpr,
+    TILE: tl.constexpr, SMALL: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr, BLOCK_HEAD: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """TILE: rows in a tile; SMALL: rows in a tile of 16; both times R heads."""
     begin(DEPENDENT)
     group = tl.program_id(1)
     quantum, ends, scratch_ends = _plan(
-        row_starts, kv_lens, sequences, programs, TILE, SMALL, SPLITS, BLOCK_SLOTS, BLOCK_SEQUENCES
+        row_starts, kv_lens, sequences, programs, TILE, SMALL, SPLITS, LEAST, BLOCK_SLOTS, BLOCK_SEQUENCES
     )  # fmt: skip
     # Nothing is hoisted: what could be are pointers of a tile, and their registers cost a second block.
     for unit in tl.range(tl.program_id(0), tl.max(ends, 0), programs, num_stages=1, disable_licm=True):
         b = tl.sum((ends <= unit).to(tl.int32), 0)
         start = tl.load(row_starts + b)
         all_rows, length = tl.load(row_starts + b + 1) - start, tl.load(kv_lens + b)
-        each, ranges = _range(all_rows, length, quantum, SMALL, SPLITS, BLOCK_SLOTS)
+        each, ranges = _range(all_rows, length, quantum, SMALL, SPLITS, LEAST, BLOCK_SLOTS)
         mine = unit - _before(ends, b, BLOCK_SEQUENCES)
         tile, split = mine // ranges, mine % ranges
         scratch = tl.where(ranges > 1, _before(scratch_ends, b, BLOCK_SEQUENCES) + mine, -1)
@@ -223,36 +226,36 @@ def _paged_attention(
 @triton.jit(do_not_specialize=["sequences"])
 def _combine(
     partial, lse, row_starts, kv_lens, out, sequences, groups, programs, R: tl.constexpr, HEAD: tl.constexpr,
-    SPLITS: tl.constexpr, TILE: tl.constexpr, SMALL: tl.constexpr, BLOCK_SEQUENCES: tl.constexpr,
-    BLOCK_HEAD: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_SLOTS: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    SPLITS: tl.constexpr, LEAST: tl.constexpr, TILE: tl.constexpr, SMALL: tl.constexpr,
+    BLOCK_SEQUENCES: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One row and KV head: the parts of its R heads, weighted by their sums."""
+    """One row and head: its parts, weighted by their sums."""
     begin(DEPENDENT)
-    row, group = tl.program_id(0), tl.program_id(1)
+    row, head = tl.program_id(0), tl.program_id(1)
+    group = head // R
     quantum, _, scratch_ends = _plan(
-        row_starts, kv_lens, sequences, programs, TILE, SMALL, SPLITS, BLOCK_SLOTS, BLOCK_SEQUENCES
+        row_starts, kv_lens, sequences, programs, TILE, SMALL, SPLITS, LEAST, BLOCK_SLOTS, BLOCK_SEQUENCES
     )  # fmt: skip
     seen = tl.arange(0, BLOCK_SEQUENCES)
     begun = (tl.load(row_starts + seen, mask=seen < sequences, other=0) <= row) & (seen < sequences)
     b = tl.sum(begun.to(tl.int32), 0) - 1
     start = tl.load(row_starts + b)
     _, ranges = _range(
-        tl.load(row_starts + b + 1) - start, tl.load(kv_lens + b), quantum, SMALL, SPLITS, BLOCK_SLOTS
+        tl.load(row_starts + b + 1) - start, tl.load(kv_lens + b), quantum, SMALL, SPLITS, LEAST, BLOCK_SLOTS
     )  # fmt: skip
     if ranges > 1:
         tile, within = (row - start) // TILE, (row - start) % TILE
         first = _before(scratch_ends, b, BLOCK_SEQUENCES) + tile * ranges
         split, index = tl.arange(0, SPLITS), tl.arange(0, BLOCK_HEAD)
-        for head in range(R):
-            at = ((first + split) * groups + group).to(tl.int64) * BLOCK_ROWS + within * R + head
-            logs = tl.load(lse + at, mask=split < ranges, other=float("-inf"))
-            weights = tl.exp2(logs - tl.max(logs, 0))
-            both = (split < ranges)[:, None] & (index < HEAD)[None, :]
-            parts = tl.load(partial + at[:, None] * HEAD + index[None, :], mask=both, other=0.0)
-            result = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
-            place = out + (row.to(tl.int64) * (groups * R) + group * R + head) * HEAD + index
-            tl.store(place, narrow(result, out.dtype.element_ty), mask=index < HEAD)
+        at = ((first + split) * groups + group).to(tl.int64) * BLOCK_ROWS + within * R + head % R
+        logs = tl.load(lse + at, mask=split < ranges, other=float("-inf"))
+        both = (split < ranges)[:, None] & (index < HEAD)[None, :]
+        parts = tl.load(partial + at[:, None] * HEAD + index[None, :], mask=both, other=0.0)
+        weights = tl.exp2(logs - tl.max(logs, 0))
+        result = tl.sum(parts * weights[:, None], 0) / tl.sum(weights, 0)
+        place = out + (row.to(tl.int64) * (groups * R) + head) * HEAD + index
+        tl.store(place, narrow(result, out.dtype.element_ty), mask=index < HEAD)
 
 
 def paged_attention_triton(
@@ -298,6 +301,7 @@ def paged_attention_triton(
         "R": repeat,
         "HEAD": head,
         "SPLITS": config.pop("max_splits"),
+        "LEAST": config.pop("least_steps", 4),
         "TILE": block_rows // repeat,
         "SMALL": 16 // repeat,
         "BLOCK_SEQUENCES": triton.next_power_of_2(sequences),
@@ -318,7 +322,7 @@ def paged_attention_triton(
         **config,
     )  # fmt: skip
     launch(
-        _combine, (rows, groups), partial, lse, row_starts, kv_lens, out, sequences, groups, programs,
+        _combine, (rows, heads), partial, lse, row_starts, kv_lens, out, sequences, groups, programs,
         warps=4, **shared,
     )  # fmt: skip
     return out

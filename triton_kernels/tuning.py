@@ -3,7 +3,7 @@
 `tables/default.json` serves every device. `tables/<name>.json`, with the name as `torch.cuda.get_device_name`
 gives it and `_` for what is no letter or digit, comes first; `bench/gpu_check.py --tune` measures it.
 
-    {"device": "NVIDIA H200", "dependent_launch": true,
+    {"device": "NVIDIA H200",
      "linear": [{"max_rows": 16, "width_in": 2048, "config": {"block_out": 64, ...}}, ...]}
 
 Of an op's entries the first one that matches wins: a key `max_x` is an upper limit of size x, any other key

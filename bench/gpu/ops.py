@@ -6,9 +6,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from fastloop.ops import REGISTRY
 from fastloop.ops.cuda import ATTENTION
 from fastloop.testing.implementations import Implementation, implementations
 from fastloop.testing.timing import rotation
@@ -22,13 +25,14 @@ BUDGET_S = 0.12
 
 def run(context: Context, record: Record) -> None:
     """A line for each shape and implementation; what cannot be captured is timed eagerly and says so."""
-    record.put(ratios={})
+    record.put(ratios={}, defaults={})
     for shape in shapes(context.config, context.dtype, context.dry):
         if context.left_s < 3:
             record.put(left_out_text=f"from {shape.name} on: out of time")
             return
         case = shape.draw(torch.Generator().manual_seed(1))
         times = {}
+        record.values["defaults"][shape.name] = _default(shape, case.arguments, context)
         for name, chosen, function in _variants(shape, context):
             if chosen.refusal(case.arguments):
                 continue
@@ -47,6 +51,12 @@ def run(context: Context, record: Record) -> None:
             times[name] = timing.median
             del placed, sets, calls
         _ratio(shape, times, record)
+
+
+def _default(shape: Shape, arguments: dict[str, Any], context: Context) -> str:
+    """The backend that runs such a call where none is forced."""
+    placed = {n: v.to(context.device) if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    return REGISTRY[shape.op].serving(context.device, (), placed)
 
 
 def _variants(shape: Shape, context: Context) -> Iterator[tuple[str, Implementation, Callable[..., object]]]:

@@ -11,10 +11,10 @@ from collections.abc import Callable
 import torch
 
 from fastloop.ops import REGISTRY
+from fastloop.ops.dependent import dependent_launches
 from fastloop.testing.implementations import Implementation, implementations
 from fastloop.testing.op_cases import CASES, Case
 from fastloop.testing.selfcheck import compare_redrawn
-from fastloop.triton_kernels.launch import dependent_launches
 
 from .clock import capture
 from .model import ListeningStep

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
+from fastloop.ops.dependent import dependent_launches
 from fastloop.testing.timing import Timing
-from fastloop.triton_kernels.launch import dependent_launches
 
 from .clock import capture, measure
 from .model import DecoderStep, ListeningStep, Perception, backend

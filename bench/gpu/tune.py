@@ -18,11 +18,9 @@ from fastloop.testing.implementations import Implementation
 from fastloop.testing.op_cases import Case
 from fastloop.testing.timing import rotation
 from fastloop.testing.tolerance import relative_error
-from fastloop.triton_kernels.launch import dependent_launches
 from fastloop.triton_kernels.tuning import choose, overridden, table_path
 
 from .clock import measure
-from .model import DecoderStep, backend
 from .record import Context, Record
 from .shapes import linears
 
@@ -34,22 +32,11 @@ def run(context: Context, record: Record) -> None:
     name = torch.cuda.get_device_name() if context.device == "cuda" else "dry run"
     found: dict[str, Any] = {"device": name, "measured": "bench/gpu_check.py --tune"}
     target = context.out / table_path(name).name
-    found["dependent_launch"] = _dependent(context, record)
     found["linear"] = list(_linear(context, record))
     found["paged_attention"] = list(_attention(context, record))
     target.write_text(json.dumps(found, indent=1))
     entries = len(found["linear"]) + len(found["paged_attention"])
-    record.put(table_text=f"{entries} entries in {target.name}, dependent_launch {found['dependent_launch']}")
-
-
-def _dependent(context: Context, record: Record) -> bool:
-    """Whether a listening step is faster with programmatic dependent launch."""
-    step, seconds = DecoderStep(context, [context.config.chunk_rows], [20]), {}
-    for wanted in (False, True):
-        with dependent_launches(wanted), backend("triton", context):
-            seconds[wanted] = measure([step.run], context.device).median
-    record.put(dependent_gain=seconds[False] / seconds[True])
-    return seconds[True] < GAIN * seconds[False]
+    record.put(table_text=f"{entries} entries in {target.name}")
 
 
 def _linear(context: Context, record: Record) -> Iterator[dict[str, Any]]:

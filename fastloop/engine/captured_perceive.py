@@ -16,15 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .. import ops
 from ..checkpoint import Model
 from ..config import MEL_BINS
 from ..mel import MelState, mel_chunk
 from ..ops.contract import unread_values
+from ..ops.dispatch import capturable
 from ..ops.mel import LOOKAHEAD_SAMPLES, mel_constants
 from . import streams as schedule
 from .buckets import MOST_CHUNKS, SPARE_STREAMS, chunks_bucket
-from .device_step import graph_backends
 from .graphs import Graph, Graphs
 from .runner import Round
 from .step_buffers import Shapes, packed_bytes, views
@@ -143,7 +142,7 @@ class CapturedPerceive:
 
         @torch.inference_mode()
         def hear() -> None:
-            with ops.use_backend(graph_backends()), unread_values():
+            with capturable(), unread_values():
                 frames.copy_(mel_chunk(self._mel, given["slots"], given["pcm"], edge=edge))
 
         state = {name: getattr(self._mel, name) for name in ("tail", "peak", "seen")}
@@ -157,7 +156,7 @@ class CapturedPerceive:
 
             @torch.inference_mode()
             def encode() -> None:
-                with ops.use_backend(graph_backends()), unread_values():
+                with capturable(), unread_values():
                     encoded.copy_(encoder.encode(frames))
 
             static = {"frames": self._frames, "encoded": self._encoded}

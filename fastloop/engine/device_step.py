@@ -18,20 +18,9 @@ from .. import ops
 from ..checkpoint import Model
 from ..decision import DecisionState, decide
 from ..ops.contract import unread_values
-from ..ops.dispatch import REGISTRY, forced_backends
+from ..ops.dispatch import capturable
 from .kv_cache import KVCache
 from .step_buffers import StepBuffers
-
-
-def graph_backends() -> str:
-    """What `use_backend` takes so that every op can be captured: what is forced, else "graph" where one is.
-
-    An implementation that is forced and cannot be captured is refused while capturing, never replaced.
-    """
-    forced = forced_backends()
-    mine = {name: "graph" for name, op in REGISTRY.items() if "graph" in op.implementations}
-    chosen = forced if "*" in forced else mine | forced
-    return ",".join(backend if op == "*" else f"{op}={backend}" for op, backend in chosen.items())
 
 
 @dataclass(frozen=True)
@@ -51,7 +40,7 @@ class DeviceStep:
     @torch.inference_mode()
     def run(self, buffers: StepBuffers) -> None:
         """Launch the step on a set of buffers; its results are in `buffers.made` when the device is done."""
-        with ops.use_backend(graph_backends()), unread_values():
+        with capturable(), unread_values():
             given, made, decoder = buffers.given, buffers.made, self.model.decoder
             hidden = decoder.forward(self._rows(buffers), buffers.rows, *self.cache.pages)
             p, decisions = decide(

@@ -10,11 +10,10 @@ ends with a wait for its whole device, which CUDA refuses while another one is o
 it also refuses torch.cuda.synchronize() of the program around it; events and streams may be awaited. Python's
 garbage collector waits until the capture has ended (`uncollected`).
 
-FASTLOOP_DEPENDENT=1 lets the kernels of backend "cuda" start before the one in front of them in their graph
-has ended, and load their weights meanwhile (fastloop.ops.cuda.dependent_launches; sm_90 and newer). No work
-that is captured writes a weight: they are its `constants`, and the recorder refuses work that writes one.
-Between graphs nothing overlaps, and a loop's body is captured without it. Off, until a results file shows it
-right and faster. (Triton's kernels have it by their table of the device.)
+Kernels of a graph may start before the one in front of them has ended, and ask for their weights meanwhile
+(fastloop.ops.dependent; sm_90 and newer; FASTLOOP_DEPENDENT=0 forbids it). No work that is captured writes a
+weight: they are its `constants`, and the recorder refuses work that writes one. Between graphs nothing
+overlaps, and a loop's body is captured without it.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ import torch
 from torch import Tensor
 
 from ..config import ConfigError
-from ..ops.cuda import dependent_launches
+from ..ops.dependent import dependent_launches
 from . import streams as schedule
 from .conditional import capture_loop
 from .recorder import CaptureError, Span, record
@@ -58,8 +57,8 @@ def capture_enabled() -> bool:
 
 
 def dependent_enabled() -> bool:
-    """FASTLOOP_DEPENDENT: "1" lets kernels of a graph overlap, "0" (default) does not."""
-    return _switch("FASTLOOP_DEPENDENT", "0")
+    """FASTLOOP_DEPENDENT: "1" (default) lets kernels of a graph overlap, "0" does not."""
+    return _switch("FASTLOOP_DEPENDENT", "1")
 
 
 def _switch(name: str, default: str) -> bool:

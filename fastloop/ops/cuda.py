@@ -1,15 +1,14 @@
 """The CUDA C++ kernels of csrc/cuda as backend "cuda": each op on tensors of a GPU, on torch's stream.
 
-The compiled part (csrc/include/fastloop_cuda.h) plans and launches; images come from cuda_images.
-No op has "cuda" as its default: a kernel becomes one with a results file that shows it right and faster.
+The compiled part (csrc/include/fastloop_cuda.h) plans and launches; images come from cuda_images. A kernel is
+the default of its op for the calls that a results file shows it right and faster for (`DEFAULTS`,
+tests/ops/test_defaults.py), where its image is there or can be compiled.
 """
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from ..config import HOP_SAMPLES
 from .cuda_images import architecture, image
 from .decide import _check as check_decide
+from .dependent import are_dependent
 from .dispatch import BackendError, Limits, Op, Refuses
 from .linear import EPILOGUES
 from .linear import _check as check_linear
@@ -84,21 +84,6 @@ class Gpu:
         return kept
 
 
-_dependent: contextvars.ContextVar[bool] = contextvars.ContextVar("dependent", default=False)
-
-
-@contextlib.contextmanager
-def dependent_launches(wanted: bool) -> Iterator[None]:
-    """Inside, kernels may start before the one in front of them has ended (sm_90 and newer), and read their
-    weights meanwhile: so no kernel directly in front may write those.
-    """
-    token = _dependent.set(wanted)
-    try:
-        yield
-    finally:
-        _dependent.reset(token)
-
-
 @functools.cache
 def gpu(device: torch.device) -> Gpu:
     """The one of a device with an index."""
@@ -125,7 +110,7 @@ def _launch(home: Gpu, op: str, call: Any) -> None:
     call.launch(
         workspace=address(workspace),
         workspace_bytes=0 if workspace is None else workspace.numel(),
-        dependent=_dependent.get(),
+        dependent=are_dependent(),
         stream=home.stream(),
     )
 
@@ -255,7 +240,7 @@ def mel_cuda(
         edge=EDGES.index(edge),
         clamp=CLAMPS.index(clamp),
         frames=address(frames),
-        dependent=_dependent.get(),
+        dependent=are_dependent(),
         stream=home.stream(),
     )
     return frames
@@ -360,7 +345,7 @@ def decide_cuda(
         state=address(state),
         p_respond=address(p),
         decision=address(decision),
-        dependent=_dependent.get(),
+        dependent=are_dependent(),
         stream=home.stream(),
     )
     return p, decision
@@ -395,7 +380,7 @@ def sample_cuda(
         logits_stride=logits.stride(0),
         banned=address(banned),
         tokens=address(tokens),
-        dependent=_dependent.get(),
+        dependent=are_dependent(),
         stream=home.stream(),
         **{name: address(option) for name, option in zip(names, options, strict=True)},
     )
@@ -438,6 +423,44 @@ def _refuses_attention(arguments: Mapping[str, Any]) -> str:
 REFUSES: dict[str, Refuses] = {"paged_attention": _refuses_attention}  # op -> what else it does not take
 
 
+BATCH = 8  # sequences from which on paged_attention's kernels are faster than Triton's
+
+
+def _is_small(arguments: Mapping[str, Any]) -> str:
+    count = len(arguments["kv_lens"])
+    return "" if count >= BATCH else f"{count} sequences of {BATCH}"
+
+
+def _is_not_int4(arguments: Mapping[str, Any]) -> str:
+    return "" if arguments["values"].dtype == torch.uint8 else "weights of 8 bits"
+
+
+DEFAULTS: dict[str, Refuses | None] = {  # op -> the calls that another kernel is faster for
+    "linear_quantised": _is_not_int4,
+    "mel": None,
+    "paged_attention": _is_small,
+    "sample": None,
+}
+IMAGES = {"linear_quantised": "linear"}  # op -> the source of its kernels, where that has another name
+
+
+@functools.cache
+def _missing(kernels: str, device: torch.device) -> str:
+    """Why there are no kernels of this name on a device, or ""; found out once."""
+    try:
+        gpu(device).module(kernels)
+    except BackendError as error:
+        return str(error)
+    return ""
+
+
+def _leaves(op: str, arguments: Mapping[str, Any]) -> str:
+    """Calls that the default kernel of an op leaves to the next one."""
+    home = next(value for value in arguments.values() if isinstance(value, Tensor)).device
+    slower = DEFAULTS[op]
+    return (slower(arguments) if slower else "") or _missing(IMAGES.get(op, op), home)
+
+
 def register_cuda(ops: Iterable[Op[..., Any]]) -> None:
     """Give the ops that have one their backend "cuda"; or record why there is none."""
     for op in ops:
@@ -445,4 +468,8 @@ def register_cuda(ops: Iterable[Op[..., Any]]) -> None:
             op.unavailable["cuda"] = reason
         elif op.name in KERNELS:
             function, limits = KERNELS[op.name]
-            op.register("cuda", function, takes=limits, refuses=REFUSES.get(op.name))
+            served = op.name in DEFAULTS
+            op.register(
+                "cuda", function, default_on="cuda" if served else "", takes=limits,
+                refuses=REFUSES.get(op.name), leaves=functools.partial(_leaves, op.name) if served else None,
+            )  # fmt: skip

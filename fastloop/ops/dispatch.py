@@ -10,13 +10,15 @@ does not exist is an error; nothing falls back silently.
 
 An implementation may be limited: to some dtypes, and to calls without gradients (`register(takes=...)`), and
 in any other way (`register(refuses=...)`). As a default it serves the calls it takes, and the default that it
-replaced serves the rest; so a native kernel for float32 leaves bfloat16 tensors, and training, where they
-were. Forced, it refuses what it does not take.
+was put in front of serves the rest; so a native kernel for float32 leaves bfloat16 tensors, and training,
+where they were. It may leave more calls than those (`register(leaves=...)`): the ones that another is faster
+for. Forced, it refuses what it does not take.
 
     FASTLOOP_BACKEND=reference                  every op
     FASTLOOP_BACKEND=mel=reference,linear=torch some ops
 
-"graph" is PyTorch that a graph can capture: no value is read on the host, no shape depends on one.
+"graph" is PyTorch that a graph can capture: no value is read on the host, no shape depends on one. Inside
+`capturable()` it stands for the defaults that no graph could capture.
 """
 
 from __future__ import annotations
@@ -39,10 +41,12 @@ BACKENDS_OF = {
     "cpu": ("reference", "torch", "graph", "cpu"),
     "cuda": ("reference", "torch", "graph", "flash_attn", "triton", "cuda"),
 }
+CAPTURED = ("graph", "triton", "cuda")  # what a graph can capture of an op that has a "graph"
 BACKENDS = ("reference", "torch", "graph", "cpu", "flash_attn", "triton", "cuda")  # from plain to special
 REGISTRY: dict[str, Op[..., Any]] = {}
 Limits = Mapping[str, Sequence[torch.dtype]]  # argument -> the dtypes it may have
 Refuses = Callable[[Mapping[str, Any]], str]  # a call's arguments -> why they are not taken, or ""
+Defaults = tuple[str, ...]  # from special to plain; the last one takes every call
 
 
 class BackendError(RuntimeError):
@@ -88,6 +92,21 @@ def use_backend(text: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+_capturable: contextvars.ContextVar[bool] = contextvars.ContextVar("capturable", default=False)
+
+
+@contextlib.contextmanager
+def capturable() -> Iterator[None]:
+    """Inside, what an op runs by default can be captured. What is forced and cannot is refused while
+    capturing, never replaced.
+    """
+    token = _capturable.set(True)
+    try:
+        yield
+    finally:
+        _capturable.reset(token)
+
+
 Launch = Callable[["Op[..., Any]", str, tuple[Any, ...], dict[str, Any]], Any]
 _launch: contextvars.ContextVar[Launch | None] = contextvars.ContextVar("launch", default=None)
 
@@ -122,8 +141,8 @@ class Op(Generic[P, R]):
         self.unavailable: dict[str, str] = {}  # backend -> why it cannot run here
         self.limits: dict[str, Limits] = {}  # backend -> what it takes, where that is not every call
         self.refuses: dict[str, Refuses] = {}  # backend -> what else it does not take
-        self.default: dict[str, str] = {"cpu": "reference", "cuda": "reference", "meta": "reference"}
-        self.otherwise: dict[str, str] = {}  # device -> what serves the calls that its default does not take
+        self.leaves: dict[str, Refuses] = {}  # backend -> what it takes and leaves, as a default, to the next
+        self.defaults: dict[str, Defaults] = dict.fromkeys(("cpu", "cuda", "meta"), ("reference",))
         self._arguments = list(inspect.signature(reference).parameters)
         schema = torch.library.infer_schema(reference, mutates_args=tuple(mutates))
         # torch 2.11 drops trailing arguments that are as their default says, and then looks for this one.
@@ -143,12 +162,14 @@ class Op(Generic[P, R]):
         default_on: str = "",
         takes: Limits | None = None,
         refuses: Refuses | None = None,
+        leaves: Refuses | None = None,
     ) -> None:
         """Add an implementation; `default_on` ("cpu", "cuda") makes it the default there.
 
         takes: limits it to calls in which the arguments named have one of the dtypes, and no gradient is
         wanted. refuses: what else limits it, asked about calls whose dtypes are taken. Neither: every call
-        that the op's contract allows is taken.
+        that the op's contract allows is taken. leaves: calls that it takes, but not as the default: there
+        the one that it was put in front of serves them.
         """
         if backend not in BACKENDS:
             raise BackendError(f"{self.name}: unknown backend {backend!r}; choose from {BACKENDS}")
@@ -158,14 +179,15 @@ class Op(Generic[P, R]):
             self.limits[backend] = takes or {}
         if refuses is not None:
             self.refuses[backend] = refuses
+        if leaves is not None:
+            self.leaves[backend] = leaves
         if default_on:
-            if limited:
-                self.otherwise[default_on] = self.default[default_on]
-            self.default[default_on] = backend
+            behind = self.defaults[default_on] if limited or leaves is not None else ()
+            self.defaults[default_on] = (backend, *behind)
 
     def backend(self, device: str) -> str:
         """The name of the implementation that runs on a device, or BackendError."""
-        choice = self._forced() or self.default.get(device)
+        choice = self._forced() or next(iter(self._defaults(device)), None)
         serving = BACKENDS_OF.get(device, ("reference",))
         if choice in self.implementations and choice in serving:
             return choice
@@ -182,12 +204,19 @@ class Op(Generic[P, R]):
         forced = forced_backends()
         return forced.get(self.name) or forced.get("*")
 
+    def _defaults(self, device: str) -> Defaults:
+        """Those that may serve now."""
+        known = self.defaults.get(device, ())
+        if not _capturable.get() or "graph" not in self.implementations:
+            return known
+        return (*(backend for backend in known if backend in CAPTURED), "graph")
+
     def refusal(self, backend: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
         """Why an implementation does not take these arguments, or ""."""
         limits = self.limits.get(backend)
         if limits is None:
             return ""
-        given = {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+        given = self._named(args, kwargs)
         for name, dtypes in limits.items():
             if given[name].dtype not in dtypes:
                 names = " or ".join(str(dtype) for dtype in dtypes)
@@ -200,17 +229,30 @@ class Op(Generic[P, R]):
                     return f"it computes no gradient, and {name} requires one"
         return ""
 
+    def _named(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {**dict(zip(self._arguments, args, strict=False)), **kwargs}
+
+    def serving(self, device: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+        """The default that runs a call on a device."""
+        return next(b for b in self._defaults(device) if self._serves(b, args, kwargs))
+
+    def _serves(self, backend: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        """Whether a default takes this call and leaves it to no other one."""
+        if self.refusal(backend, args, kwargs):
+            return False
+        leaves = self.leaves.get(backend)
+        return leaves is None or not leaves(self._named(args, kwargs))
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         device = next(a.device.type for a in (*args, *kwargs.values()) if isinstance(a, Tensor))
         backend, launch = self.backend(device), _launch.get()
-        refusal = self.refusal(backend, args, kwargs)
-        if refusal and self._forced():
+        if not self._forced():
+            backend = self.serving(device, args, kwargs)
+        elif refusal := self.refusal(backend, args, kwargs):
             raise BackendError(
                 f"op {self.name} on {device}: backend {backend!r} cannot run this call ({refusal}). Convert "
                 "the arguments or change FASTLOOP_BACKEND."
             )
-        if refusal:
-            backend = self.otherwise[device]
         if launch is not None:
             return launch(self, backend, args, kwargs)
         return self.implementations[backend](*args, **kwargs)

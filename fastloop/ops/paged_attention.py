@@ -297,7 +297,7 @@ def _fake(q: Tensor, *_: object) -> Tensor:
 paged_attention = define(paged_attention_ref, _fake)
 paged_attention.register("torch", paged_attention_torch)
 paged_attention.register("graph", paged_attention_graph)
-paged_attention.default |= {"cpu": "torch", "cuda": "torch"}
+paged_attention.defaults |= {"cpu": ("torch",), "cuda": ("torch",)}
 
 
 def paged_attention_cpu(

@@ -1,7 +1,7 @@
 """The kernels of fastloop.triton_kernels as backend "triton": imported with the first call of one.
 
-Where triton is missing, the reason is kept for `doctor`. It is no op's default: a kernel becomes one with a
-results file that shows it right and faster on a GPU.
+Where triton is missing, the reason is kept for `doctor`. On GPUs a kernel is the default of its op where a
+results file shows it right and faster there (tests/ops/test_defaults.py).
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ TAKES: dict[str, Limits] = {  # op -> the dtypes that its kernel has code for
 }
 
 
+DEFAULTS = tuple(name for name in (*TAKES, "mel"))  # on GPUs, of the calls that no kernel of "cuda" takes
+
+
 @functools.cache
 def kernel(op: str) -> Callable[..., Any]:
     """`<op>_triton` of fastloop.triton_kernels.<op>; BackendError where that cannot be imported."""
@@ -50,7 +53,8 @@ def register_triton(ops: Iterable[Op[..., Any]]) -> None:
     found = importlib.util.find_spec("triton") is not None
     for op in ops:
         if found:
-            op.register("triton", functools.partial(_call, op.name), takes=TAKES.get(op.name, {}))
+            run, takes = functools.partial(_call, op.name), TAKES.get(op.name, {})
+            op.register("triton", run, default_on="cuda" if op.name in DEFAULTS else "", takes=takes)
         else:
             op.unavailable["triton"] = MISSING
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastloop import ops
 from fastloop.decision import DecisionState
 from fastloop.engine.buckets import Bucket
-from fastloop.engine.device_step import DeviceStep, graph_backends
+from fastloop.engine.device_step import DeviceStep
 from fastloop.engine.kv_cache import KVCache
 from fastloop.engine.recorder import CaptureError, Tape, record
 from fastloop.engine.step_buffers import StepBuffers
@@ -193,11 +193,3 @@ def test_an_implementation_that_reads_the_host_is_refused(op: str, backend: str)
     world = World.create(Bucket(16, 1, 16, 8))
     with ops.use_backend(f"{op}={backend}"), pytest.raises(CaptureError, match=rf" in {op}\[{backend}\]"):
         world.capture()
-
-
-def test_graph_backends_keep_what_is_forced() -> None:
-    assert "decide=graph" in graph_backends().split(",")
-    with ops.use_backend("linear=torch,decide=reference"):
-        assert {"linear=torch", "decide=reference", "sample=graph"} <= set(graph_backends().split(","))
-    with ops.use_backend("reference"):
-        assert graph_backends() == "reference"

@@ -13,12 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastloop.ops.cuda import (
-    dependent_launches,
-    linear_cuda,
-    linear_quantised_cuda,
-    paged_attention_cuda,
-)
+from fastloop.ops.cuda import linear_cuda, linear_quantised_cuda, paged_attention_cuda
+from fastloop.ops.dependent import dependent_launches
 from fastloop.ops.native import native, reason
 from fastloop.ops.paged_attention import paged_attention_ref
 from fastloop.quantise import quantise_int4

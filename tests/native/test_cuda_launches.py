@@ -355,16 +355,15 @@ def test_the_kernels_of_a_step_overlap_where_that_is_asked_for(
     gpu: Any, driver: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """FASTLOOP_DEPENDENT: every launch of a step and of its perception, and none of what is no graph's work,
-    here the prefix. By default none. What is said is equal to the bit. (Op by op, as a graph's work is run.)
+    here the prefix. What is said is equal to the bit. (Op by op, as a graph's work is run.)
     """
     monkeypatch.setenv("FASTLOOP_CAPTURE", "0")
     monkeypatch.setitem(BACKENDS_OF, "cpu", (*BACKENDS_OF["cpu"], "cuda"))
     model = random_model(MODEL, seed=3)
     options = SessionConfig(policy=lively_policy(model), max_response_tokens=4, seed=1)
     heard, dependent = [], []
-    for flag in (None, "1"):
-        if flag:
-            monkeypatch.setenv("FASTLOOP_DEPENDENT", flag)
+    for flag in ("0", "1"):
+        monkeypatch.setenv("FASTLOOP_DEPENDENT", flag)
         driver.events()
         with use_backend("mel=cuda,paged_attention=cuda,decide=cuda,sample=cuda"):
             engine = Engine(model, EngineConfig(max_sessions=1, page_tokens=16, runner="captured"))
@@ -378,9 +377,9 @@ def test_the_kernels_of_a_step_overlap_where_that_is_asked_for(
     assert dependent[1] == [False] * prefix + [True] * (len(dependent[1]) - prefix)
 
 
-def test_no_op_has_it_as_its_default() -> None:
-    """A kernel that has not been measured on a GPU is no default."""
+def test_which_ops_have_it_as_their_default() -> None:
+    """Those that tests/ops/test_defaults.py asks a results file for, in front of Triton's."""
     registry = sys.modules["fastloop.ops"].REGISTRY
     for op in OPS:
         assert "cuda" in registry[op].implementations
-        assert registry[op].default["cuda"] != "cuda"
+        assert (registry[op].defaults["cuda"][0] == "cuda") == (op in cuda.DEFAULTS)

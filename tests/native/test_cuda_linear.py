@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fastloop.ops import cuda
 from fastloop.ops.cuda import linear_cuda, linear_quantised_cuda
+from fastloop.ops.dependent import dependent_launches
 from fastloop.ops.linear import EPILOGUES, linear_ref
 from fastloop.ops.native import native, reason
 from fastloop.quantise import Quantised, quantise_int4
@@ -301,7 +302,7 @@ def test_what_is_launched_on_sm_90(gpu: Any, driver: Any) -> None:
     a = case_of(
         rows=13, width_in=512, width_out=512, bias=False, residual=False, epilogue="silu_gate"
     ).arguments
-    with cuda.dependent_launches(True):
+    with dependent_launches(True):
         y = linear_cuda(**a)
     events = driver.events()
     assert [next(iter(event)) for event in events] == ["load", "kernel", "attribute", "launch"]

@@ -18,6 +18,7 @@ from fastloop.ops.dispatch import (
     BACKENDS,
     BACKENDS_OF,
     Op,
+    capturable,
     define,
     forced_backends,
     launching_through,
@@ -264,7 +265,7 @@ LIMITED = {"x": (torch.float32,)}
 
 def test_a_limited_default_leaves_the_rest_to_the_one_before(twice: Op[..., Tensor]) -> None:
     """What it does not take: another dtype, and a gradient that is wanted."""
-    twice.default["cpu"] = "torch"
+    twice.defaults["cpu"] = ("torch",)
     twice.register("cpu", twice_marked(20), default_on="cpu", takes=LIMITED)
     assert twice.backend("cpu") == "cpu" and ran(twice) == 20
     assert twice(X.double())[0] == 10 and twice(scale=3.0, x=X.bfloat16())[0] == 10
@@ -306,6 +307,29 @@ def test_one_limited_in_another_way_says_how(twice: Op[..., Tensor]) -> None:
         twice(X.double(), -1.0)
 
 
+def test_a_default_may_leave_calls_to_the_one_behind_it(twice: Op[..., Tensor]) -> None:
+    """Those that another one is faster for; forced, it takes them."""
+    twice.register("torch", twice_marked(10), default_on="cpu", takes=LIMITED)
+    twice.register(
+        "cpu", twice_marked(20), default_on="cpu", leaves=lambda a: "" if a.get("scale", 1) < 0 else "slower"
+    )
+    assert twice(X, -1.0)[0] == 20 and ran(twice) == 10 and twice(X.double() + 1)[0] == 2
+    with use_backend("twice=cpu"):
+        assert ran(twice) == 20
+
+
+def test_what_is_captured_runs_a_default_that_can_be(twice: Op[..., Tensor]) -> None:
+    with capturable():
+        assert ran(twice) == 2  # no other one is there
+    twice.register("graph", twice_marked(10))
+    twice.register("cpu", twice_marked(20), default_on="cpu", takes=LIMITED)
+    assert ran(twice) == 20
+    with capturable():
+        assert ran(twice) == 10 and twice(X.double())[0] == 10
+        with use_backend("twice=reference"):
+            assert ran(twice) == 2, "what is forced is kept"
+
+
 def test_a_recorder_sees_what_really_runs(twice: Op[..., Tensor]) -> None:
     twice.register("cpu", twice_marked(20), default_on="cpu", takes=LIMITED)
     seen = []
@@ -315,7 +339,7 @@ def test_a_recorder_sees_what_really_runs(twice: Op[..., Tensor]) -> None:
     assert seen == [("twice", "cpu"), ("twice", "reference")]
 
 
-NATIVE = [name for name, op in REGISTRY.items() if op.default["cpu"] == "cpu" and name != "mel"]
+NATIVE = [name for name, op in REGISTRY.items() if op.defaults["cpu"][0] == "cpu" and name != "mel"]
 
 
 @pytest.mark.parametrize("op", NATIVE)
@@ -323,7 +347,7 @@ def test_native_defaults_leave_other_dtypes_as_they_were(op: str) -> None:
     """mel knows float32 alone."""
     for case in CASES[op](seeded(1)):
         wide = widened(case.arguments)
-        before = REGISTRY[op].implementations[REGISTRY[op].otherwise["cpu"]]
+        before = REGISTRY[op].implementations[REGISTRY[op].defaults["cpu"][1]]
         ours, theirs = (results(run, wide, case.mutates) for run in (REGISTRY[op], before))
         assert all(torch.equal(bits(a), bits(b)) for a, b in zip(ours, theirs, strict=True))
         narrow = results(REGISTRY[op], case.arguments, case.mutates)

@@ -383,5 +383,5 @@ def test_native_refuses_bands_outside_the_spectrum(run: Callable[..., Tensor], b
 
 @needs_native
 def test_native_is_the_default_on_cpus() -> None:
-    assert mel.default["cpu"] == "cpu"
+    assert mel.defaults["cpu"][0] == "cpu"
     assert mel.implementations["cpu"] is mel_cpu

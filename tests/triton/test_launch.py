@@ -15,7 +15,7 @@ import torch
 import fastloop.triton_kernels
 from fastloop.ops import REGISTRY
 from fastloop.ops.dispatch import BackendError
-from fastloop.ops.triton import MISSING, kernel, register_triton
+from fastloop.ops.triton import DEFAULTS, MISSING, kernel, register_triton
 from fastloop.triton_kernels.launch import accept_float8, record_launches
 from fastloop.triton_kernels.rms_norm import rms_norm_triton
 
@@ -28,9 +28,10 @@ def run(script: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_every_op_has_the_backend_and_none_by_default() -> None:
+def test_every_op_has_the_backend_and_on_gpus_alone_by_default() -> None:
     for op in REGISTRY.values():
-        assert "triton" in op.implementations and "triton" not in op.default.values()
+        assert "triton" in op.implementations and "triton" not in op.defaults["cpu"]
+        assert ("triton" in op.defaults["cuda"]) == (op.name in DEFAULTS)
         assert callable(kernel(op.name))
 
 

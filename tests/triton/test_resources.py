@@ -70,7 +70,8 @@ def test_dependent_launches_wait_before_they_read() -> None:
     """Every kernel's first instruction on memory comes after griddepcontrol.wait."""
     script = """if True:
         from fastloop.triton_kernels.calls import CALLS
-        from fastloop.triton_kernels.launch import dependent_launches, record_launches
+        from fastloop.ops.dependent import dependent_launches
+        from fastloop.triton_kernels.launch import record_launches
         from fastloop.triton_kernels.resources import compile_launch
         with dependent_launches(True), record_launches() as launches:
             CALLS["rms_norm"]["with a residual"]()

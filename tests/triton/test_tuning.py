@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize("path", sorted(tuning.TABLES.glob("*.json")), ids=lambda p: p.stem)
 def test_shipped_tables_are_whole(path: Path) -> None:
     content = tuning.read(path)
-    assert set(content) <= {*REGISTRY, "device", "dependent_launch", "measured"}
+    assert set(content) <= {*REGISTRY, "device", "measured"}
     assert path.stem == "default" or tuning.table_path(content["device"]) == path
     if path.stem == "default":
         assert set(REGISTRY) <= set(content)
@@ -60,17 +60,15 @@ def test_the_first_entry_that_matches_wins(monkeypatch: pytest.MonkeyPatch, tmp_
 
 def test_a_devices_own_entries_come_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     default = {
-        "dependent_launch": False,
         "mel": [{"config": {"warps": 4}}],
         "decide": [{"config": {"warps": 8}}],
     }
-    own = {"device": "A Card", "dependent_launch": True, "mel": [{"max_streams": 2, "config": {"warps": 1}}]}
+    own = {"device": "A Card", "mel": [{"max_streams": 2, "config": {"warps": 1}}]}
     with_tables(monkeypatch, tmp_path, default=default, A_Card=own)
     card = torch.device("cuda", 0)
     assert tuning.choose("mel", card, streams=2) == {"warps": 1}
     assert tuning.choose("mel", card, streams=3) == {"warps": 4}
     assert tuning.choose("decide", card) == {"warps": 8}
-    assert tuning.table(card)["dependent_launch"] and not tuning.table(CPU)["dependent_launch"]
 
 
 def test_what_is_wrong_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
