@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # should have: right before fast, ours before theirs, long tests last.
 SECTIONS = {
     "build": 85,
+    "tune": 90,
     "parity": 50,
     "ceilings": 20,
     "ops": 50,
@@ -47,7 +48,6 @@ SECTIONS = {
     "batches": 35,
     "tests": 60,
     "sanitizer": 35,
-    "tune": 240,
 }
 BUDGET_S = 535  # of all but `tune`
 LEAST_S = 10  # a section is not begun with less time than this
@@ -63,7 +63,7 @@ def main() -> int:
         "--section", action="append", choices=list(SECTIONS), help="only these; may be repeated"
     )
     parser.add_argument("--budget", type=float, help=f"seconds for everything (default {BUDGET_S})")
-    parser.add_argument("--tune", action="store_true", help="also measure block sizes, write their table")
+    parser.add_argument("--tune", action="store_true", help="also measure block sizes, go on with the best")
     parser.add_argument("--dry-run", action="store_true", help="the whole program on the CPU with tiny sizes")
     parser.add_argument("--commit", help="of these sources, where no git can tell it")
     parser.add_argument("--child", metavar="SECTION", help=argparse.SUPPRESS)
@@ -84,7 +84,7 @@ def parent(chosen: argparse.Namespace, parts: Path) -> int:
     """Run the sections one after the other and gather what each writes into the folder `parts`."""
     began = time.monotonic()
     names = [n for n in SECTIONS if n in (chosen.section or [])] or [n for n in SECTIONS if n != "tune"]
-    names += ["tune"] if chosen.tune and "tune" not in names else []
+    names = [n for n in SECTIONS if n in names or (n == "tune" and chosen.tune)]
     budget = chosen.budget or BUDGET_S + SECTIONS["tune"] * ("tune" in names)
     results: dict[str, Any] = {
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
@@ -102,8 +102,9 @@ def parent(chosen: argparse.Namespace, parts: Path) -> int:
         results["seconds"] = round(time.monotonic() - began, 1)
         write(results, chosen.out)
 
+    scale = min(1.0, budget / sum(SECTIONS[name] for name in names))
     for place, name in enumerate(names):
-        reserved = sum(SECTIONS[later] for later in names[place + 1 :])
+        reserved = scale * sum(SECTIONS[later] for later in names[place + 1 :])
         left = budget - (time.monotonic() - began)
         if left < LEAST_S:
             tell(name, {"status": "skipped", "reason": f"{left:.0f} s left of the budget"})

@@ -3,8 +3,10 @@
     _linear   acc[o, n] = sum_d W[o, d] x[n, d]      the weights are the left operand: 13 rows sit in n = 16
     _finish   the epilogue; with split depth, after the sum over the splits in their order
 
-Who owns what: a program owns BLOCK_OUT output channels (for silu_gate the gate and the up rows of those) for
-BLOCK_ROWS rows, over one of SPLITS ranges of the depth. Bytes moved: the weights once, streamed past the
+Who owns what: a program owns CHANNELS output channels (for silu_gate the gate and the up rows of those) for
+BLOCK_ROWS rows, over one of SPLITS ranges of the depth. CHANNELS is BLOCK_OUT, or what deals them out evenly:
+11,008 channels in tiles of 32 are 2.6 tiles for each of 132 processors, in tiles of 28 they are 3. Bytes
+moved: the weights once, streamed past the
 cache (evict_first), x once per program out of L2.
 Why this version: at 1 to 64 rows the weights are the traffic (88 % of a layer's bytes), so every weight byte
 is in flight once, several stages deep, and the multiply hides behind it. Few output channels leave processors
@@ -30,7 +32,7 @@ from .tuning import choose
 
 LINE_BYTES = tl.constexpr(128)  # of L2
 OUT_GROUP = tl.constexpr(8)  # neighbouring programs share x tiles of so many output tiles
-PREFETCH_KB = 64  # of a program: 132 processors ask for 8.4 MB while the kernel in front ends
+PREFETCH_KB = 16  # of a program, where the table says nothing else; 64 were slower, 0 too (bench/GPU.md)
 LEAST_STEPS = 4  # of a split: below that, filling the pipeline takes longer than what it streams
 
 
@@ -127,25 +129,27 @@ def _finish(
 def _linear(
     x, weight, scale, bias, residual, y, partial, rows, width, depth, x_stride, residual_stride, period,
     FORMAT: tl.constexpr, GROUP: tl.constexpr, EPILOGUE: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, SPLITS: tl.constexpr, PREFETCH: tl.constexpr, BLOCK_OUT: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, DEPENDENT: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr, SPLITS: tl.constexpr, PREFETCH: tl.constexpr, CHANNELS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_DEPTH: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """depth: of a stored weight row (bytes for int4); width: output channels; PREFETCH: columns of each
     weight row that L2 is asked for while the kernel in front runs on.
     """
+    tl.static_assert(CHANNELS <= BLOCK_OUT)
     begin_early(DEPENDENT)
     GATE: tl.constexpr = EPILOGUE == "silu_gate"
     X: tl.constexpr = x.dtype.element_ty
     COLUMNS: tl.constexpr = BLOCK_DEPTH // 2 if FORMAT == "int4" else BLOCK_DEPTH  # stored in a step
-    row_tiles, out_tiles = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(width, BLOCK_OUT)
+    row_tiles, out_tiles = tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(width, CHANNELS)
     tile, split = tl.program_id(0), tl.program_id(1)
     first = tile // (OUT_GROUP * row_tiles) * OUT_GROUP
     within = tl.minimum(out_tiles - first, OUT_GROUP)
     out_tile = first + tile % (OUT_GROUP * row_tiles) % within
     row_tile = tile % (OUT_GROUP * row_tiles) // within
-    channel = out_tile * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    own = tl.arange(0, BLOCK_OUT)
+    channel = out_tile * CHANNELS + own
     row = row_tile * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    mask, there = channel < width, row < rows
+    mask, there = (own < CHANNELS) & (channel < width), row < rows
 
     acc = tl.zeros((BLOCK_OUT, BLOCK_ROWS), tl.float32)
     up = acc
@@ -252,8 +256,9 @@ def run_linear(
         )
     )  # fmt: skip
     block_out, block_rows, most = config["BLOCK_OUT"], config["BLOCK_ROWS"], config.pop("max_splits")
+    channels = config.pop("channels", block_out)
     ahead = prefetched(config.pop("prefetch_kb", PREFETCH_KB), weight, block_out, epilogue == "silu_gate")
-    tiles = triton.cdiv(rows, block_rows) * triton.cdiv(width, block_out)
+    tiles = triton.cdiv(rows, block_rows) * triton.cdiv(width, channels)
     steps = triton.cdiv(x.shape[1], config["BLOCK_DEPTH"])
     splits = depth_splits(tiles, steps, processors(x.device), most)
     stride, period = (0, 1) if residual is None else (residual.stride(0), max(residual.shape[0], 1))
@@ -263,8 +268,8 @@ def run_linear(
         partial = torch.empty((splits, rows, weight.shape[0]), dtype=torch.float32, device=x.device)
     launch(
         _linear, (tiles, splits), x, weight, scale, bias, residual, y, partial, rows, width, depth,
-        x.stride(0), stride, period, FORMAT=weights, GROUP=group, SPLITS=splits, PREFETCH=ahead, **finish,
-        **config,
+        x.stride(0), stride, period, FORMAT=weights, GROUP=group, SPLITS=splits, PREFETCH=ahead,
+        CHANNELS=channels, **finish, **config,
     )  # fmt: skip
     if partial is not None:
         block = (min(128, triton.next_power_of_2(width)), min(4, triton.next_power_of_2(rows)))

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 
 from .clock import measure
-from .model import DecoderStep, Perception, backend
+from .model import OURS, DecoderStep, Perception, backend
 from .record import Context, Record
 
 WINDOW_SLOTS = 1950  # 60 s of sound: 150 chunks of 13 positions
@@ -47,23 +47,23 @@ def _perception(streams: int, context: Context, record: Record) -> float:
     operations = 2.0 * products * streams * context.config.chunk_frames / 2
 
     def call() -> None:
-        with backend("triton", context):
+        with backend(OURS, context):
             perception.run()
 
     timing = measure([call], context.device)
     moved = perception.weight_bytes
-    record.line(f"perception of {streams}", "triton", timing, moved, operations, context.ceilings)
+    record.line(f"perception of {streams}", OURS, timing, moved, operations, context.ceilings)
     return timing.median
 
 
 def _step(name: str, step: DecoderStep, context: Context, record: Record) -> float:
     def call() -> None:
-        with backend("triton", context):
+        with backend(OURS, context):
             step.run()
 
     timing = measure([call], context.device)
     moved = step.weight_bytes + step.kv_bytes
-    record.line(name, "triton", timing, moved, step.operations, context.ceilings)
+    record.line(name, OURS, timing, moved, step.operations, context.ceilings)
     return timing.median
 
 

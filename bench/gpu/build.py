@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from .machine import ROOT
 from .process import finished
 from .record import Context, Record
 
-WARMERS = 8
+WARMERS = 14
 
 
 def run(context: Context, record: Record) -> None:
@@ -88,7 +89,12 @@ def _image_texts(images: dict[str, subprocess.Popen[str]], context: Context) -> 
 
 
 def _native(context: Context, record: Record) -> None:
-    """csrc/, in place."""
+    """csrc/, in place, unless what is there is newer than all sources."""
+    built = ROOT / "fastloop" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    sources = [file for file in (ROOT / "csrc").rglob("*") if file.is_file()]
+    if built.exists() and built.stat().st_mtime > max(file.stat().st_mtime for file in sources):
+        record.put(native_text="newer than its sources: kept")
+        return
     if shutil.which("nvcc") is None and shutil.which("c++") is None:
         record.put(native_text="no compiler here")
         return

@@ -8,7 +8,6 @@ loop              the whole reply is one graph with a WHILE node; the host reads
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import time
 
@@ -21,7 +20,7 @@ from fastloop.options import DecisionPolicy, EngineConfig, Sampling, SessionConf
 from fastloop.testing.cases import random_sound
 from fastloop.testing.timing import Timing
 
-from .model import backend, whole_model
+from .model import whole_model
 from .record import Context, Record
 
 VARIANTS = {
@@ -46,7 +45,7 @@ def run(context: Context, record: Record) -> None:
             record.put(left_out_text=f"from {name!r} on: out of time")
             break
         try:
-            with ours(context), Engine(model, config) as engine:
+            with Engine(model, config) as engine:
                 said[name] = _variant(name, engine, context, record)
                 engine.close()
                 engine.check()
@@ -64,7 +63,7 @@ def _growth(context: Context, record: Record) -> None:
     model = whole_model(small(layers=1), context.device, context.dtype)
     wanted = 60 if context.dry else GROWTH_STEPS
     before = _allocated(context)
-    with ours(context), Engine(model, EngineConfig(runner="captured", max_sessions=4)) as engine:
+    with Engine(model, EngineConfig(runner="captured", max_sessions=4)) as engine:
         policy = DecisionPolicy(0.0, min_gap_s=2.0)
         options = SessionConfig(policy=policy, sampling=Sampling(1.0), max_response_tokens=20, window_s=4.0)
         sessions = [engine.open(options) for _ in range(4)]
@@ -95,11 +94,6 @@ def _growth(context: Context, record: Record) -> None:
     del engine, sessions, session
     gc.collect()
     record.put(left_behind_bytes=_allocated(context) - before)
-
-
-def ours(context: Context) -> contextlib.AbstractContextManager[None]:
-    """Our kernels; in a dry run what the CPU has, for the interpreter's cannot be recorded."""
-    return contextlib.nullcontext() if context.dry else backend("triton", context)
 
 
 def random_model(context: Context) -> Model:

@@ -29,7 +29,7 @@ class Goal:
 
 def _lines(sections: Sections, section: str, name: str) -> Iterator[dict[str, Any]]:
     for line in sections.get(section, {}).get("lines", []):
-        if line["name"] == name and line["variant"].split(",")[0] in ("triton", "cuda"):
+        if line["name"] == name and line["variant"].split(",")[0] in ("ours", "triton", "cuda"):
             yield line
 
 

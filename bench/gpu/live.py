@@ -22,7 +22,6 @@ from fastloop.testing.live import Load, populate, run_live, warm_up
 from fastloop.testing.timing import Timing
 from fastloop.text import prefix_ids
 
-from .engine import ours
 from .model import PAGE, whole_model
 from .record import Context, Record
 
@@ -48,22 +47,21 @@ def run(context: Context, record: Record) -> None:
         load = Load(seconds, window_s=2.0, responding=0.5, tokens=4, tokens_per_s=10.0)
     record.put(runs=[], most_sessions=0)
     precision = "auto" if context.dry or _fits(model, load, count, "auto") >= count else "fp8"
-    with ours(context):
-        with engine_of(model, load, count, precision) as engine:
-            sessions = populate(engine, load, count)
-            warm_up(engine, sessions, load)
-            held, reserved = _memory(context)
-            told = _run(engine, sessions, load, precision, record)
-            grown = [now - before for now, before in zip(_memory(context), (held, reserved), strict=True)]
-            record.put(growth_bytes=grown[0], reserved_growth_bytes=grown[1], steps=told["steps"])
-            engine.close()
-            engine.check()
-            if engine.cache.allocator.used:
-                record.problem(f"{engine.cache.allocator.used} pages are held after closing all sessions")
-        del engine, sessions
-        _free(context)
-        if told["latency_ms"]["p99"] < LATE_MS and not context.dry:
-            _more(model, count, context, record)
+    with engine_of(model, load, count, precision) as engine:
+        sessions = populate(engine, load, count)
+        warm_up(engine, sessions, load)
+        held, reserved = _memory(context)
+        told = _run(engine, sessions, load, precision, record)
+        grown = [now - before for now, before in zip(_memory(context), (held, reserved), strict=True)]
+        record.put(growth_bytes=grown[0], reserved_growth_bytes=grown[1], steps=told["steps"])
+        engine.close()
+        engine.check()
+        if engine.cache.allocator.used:
+            record.problem(f"{engine.cache.allocator.used} pages are held after closing all sessions")
+    del engine, sessions
+    _free(context)
+    if told["latency_ms"]["p99"] < LATE_MS and not context.dry:
+        _more(model, count, context, record)
     record.put(most_text=f"{record.values['most_sessions']} sessions with p99 below {LATE_MS:.0f} ms")
 
 

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -18,23 +18,35 @@ from fastloop.decoder import Decoder, StepRows, decoder_shapes
 from fastloop.encoder import Encoder, encoder_shapes
 from fastloop.mel import MelState, mel_chunk
 from fastloop.ops import dispatch
+from fastloop.ops.dependent import dependent_launches
 from fastloop.quantise import QUANTISERS, Quantised
 from fastloop.testing.cases import byte_tokenizer
 
 from .record import Context
 
 PAGE = 64
+# What a captured engine runs: kernels that may start before the one in front of them has ended, or not.
+OURS, APART = "ours", "ours, one after the other"
 KV_LAYERS = (
     4  # layers that have pages of their own; more would not fit beside 1,024 streams, fewer stay in L2
 )
 
 
 def backend(name: str, context: Context) -> contextlib.AbstractContextManager[None]:
-    """Force a backend for every op that has it; "default" forces none."""
-    if context.dry and name == "triton":  # interpreted, on the CPU
+    """Force a backend for every op that has it, or what OURS and APART say."""
+    if name in (OURS, APART) and not context.dry:
+        return _ours(name == OURS)
+    if name in (OURS, APART):  # interpreted, on the CPU
+        name = "triton"
         dispatch.BACKENDS_OF["cpu"] = tuple(dict.fromkeys((*dispatch.BACKENDS_OF["cpu"], "triton")))
     have = [op for op in ops.REGISTRY.values() if name in op.implementations]
     return dispatch.use_backend(",".join(f"{op.name}={name}" for op in have))
+
+
+@contextlib.contextmanager
+def _ours(dependent: bool) -> Iterator[None]:
+    with dispatch.use_backend(""), dispatch.capturable(), dependent_launches(dependent):
+        yield
 
 
 @functools.cache

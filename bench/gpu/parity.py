@@ -11,13 +11,12 @@ from collections.abc import Callable
 import torch
 
 from fastloop.ops import REGISTRY
-from fastloop.ops.dependent import dependent_launches
 from fastloop.testing.implementations import Implementation, implementations
 from fastloop.testing.op_cases import CASES, Case
 from fastloop.testing.selfcheck import compare_redrawn
 
 from .clock import capture
-from .model import ListeningStep
+from .model import APART, OURS, ListeningStep
 from .record import Context, Record
 from .shapes import model_cases, small_bfloat16, small_quantised, small_scaled
 
@@ -26,16 +25,7 @@ def run(context: Context, record: Record) -> None:
     """Values: the seed, and error and bound of each check."""
     seed = secrets.randbits(32)
     record.put(seed=seed, errors={})
-    checks = [(op, "small", CASES[op]) for op in REGISTRY]
-    if not context.dry:
-        checks.append(("linear", "small, bfloat16", small_bfloat16))
-        checks.append(("linear_quantised", "small, bfloat16", small_quantised))
-    for op in ("rope_append", "paged_attention"):
-        for dtype in (torch.float32,) if context.dry else (torch.float32, torch.bfloat16):
-            make = functools.partial(small_scaled, op=op, dtype=dtype)
-            checks.append((op, f"fp8 pages, {str(dtype).removeprefix('torch.')}", make))
-    if context.dry:  # the slow ones to interpret; tests/triton has them
-        checks = [check for check in checks if check[0] not in ("mel", "sample")]
+    checks = small_checks(context)
     checks += [
         (op, "model dims", make)
         for op, make in model_cases(context.config, context.dtype).items()
@@ -54,6 +44,21 @@ def run(context: Context, record: Record) -> None:
     for precision in ("", "fp8"):
         if not precision or context.left_s > 5:
             _graph(context, record, precision)  # fp8: weights and pages
+
+
+def small_checks(context: Context) -> list[tuple[str, str, Callable[[torch.Generator], list[Case]]]]:
+    """(op, kind, cases) in sizes that leave a rest of every tile."""
+    checks = [(op, "small", CASES[op]) for op in REGISTRY]
+    if not context.dry:
+        checks.append(("linear", "small, bfloat16", small_bfloat16))
+        checks.append(("linear_quantised", "small, bfloat16", small_quantised))
+    for op in ("rope_append", "paged_attention"):
+        for dtype in (torch.float32,) if context.dry else (torch.float32, torch.bfloat16):
+            make = functools.partial(small_scaled, op=op, dtype=dtype)
+            checks.append((op, f"fp8 pages, {str(dtype).removeprefix('torch.')}", make))
+    if context.dry:  # the slow ones to interpret; tests/triton has them
+        checks = [check for check in checks if check[0] not in ("mel", "sample")]
+    return checks
 
 
 def _serving(op: str, context: Context) -> list[Implementation]:
@@ -86,7 +91,7 @@ def _graph(context: Context, record: Record, precision: str) -> None:
     """A captured listening step, replayed on new contents of its buffers, against the same step called.
     precision: of its weights, "" for the model's dtype; with another one its pages are float8.
     """
-    step = ListeningStep(context, 2, 40, "triton", precision, scaled=bool(precision))
+    step = ListeningStep(context, 2, 40, APART, precision, scaled=bool(precision))
     kind = precision or "plain"
     eager = step.results(seed=1)
     if context.dry:
@@ -96,8 +101,8 @@ def _graph(context: Context, record: Record, precision: str) -> None:
         again = capture([step.run])
     results = step.results(seed=1, run=again)
     other = step.results(seed=2, run=again)
-    with dependent_launches(True):  # on sm_90 and newer, where kernels overlap
-        overlapped = step.results(seed=1, run=step.run if context.dry else capture([step.run]))
+    step.backend = OURS  # on sm_90 and newer kernels overlap
+    overlapped = step.results(seed=1, run=step.run if context.dry else capture([step.run]))
     same = all(torch.equal(a, b) for a, b in zip(eager * 2, [*results, *overlapped], strict=True))
     differ = not torch.equal(results[0], other[0])
     if not same or not differ:

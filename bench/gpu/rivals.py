@@ -12,13 +12,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fastloop import ops
 from fastloop.mel import log_mel
-from fastloop.testing.implementations import Implementation
 from fastloop.testing.op_cases import paged_attention_case
 from fastloop.testing.timing import Timing
 
 from .clock import measure
-from .model import ListeningStep, Perception, backend, decoder, encoder
+from .model import OURS, ListeningStep, Perception, backend, decoder, encoder
 from .plain import PlainDecoder, thinker, thinker_step
 from .record import Context, Record
 from .steps import host_to_host
@@ -28,9 +28,9 @@ def run(context: Context, record: Record) -> None:
     """Lines for ours and theirs; values: ratios. A rival that is missing or fails is named; no problem."""
     record.put(ratios={}, missing={})
     histories = (26,) if context.dry else (1024, 4096)
-    ours = {h: host_to_host(ListeningStep(context, 1, h, "triton"), context) for h in histories}
+    ours = {h: host_to_host(ListeningStep(context, 1, h, OURS), context) for h in histories}
     for history, timing in ours.items():
-        record.line(f"decision at {history}, host to host", "triton", timing)
+        record.line(f"decision at {history}, host to host", OURS, timing)
     _beside("torch + graph", lambda h: _captured(context, h, False), ours, context, record, "decision")
     try:
         _published(context, record)
@@ -111,10 +111,10 @@ def _published(context: Context, record: Record) -> None:
                 return int(plain.decoder.logits(plain.step(plain.x)[-1:]).argmax())
 
         theirs = _wall(decide)
-        ours = host_to_host(ListeningStep(context, 1, chunks * config.chunk_rows, "triton"), context)
+        ours = host_to_host(ListeningStep(context, 1, chunks * config.chunk_rows, OURS), context)
         seconds = chunks * config.chunk_seconds
         record.line(f"decision after {seconds:.0f} s of sound", "published loop", theirs, note="eager")
-        record.line(f"decision after {seconds:.0f} s of sound", "triton", ours)
+        record.line(f"decision after {seconds:.0f} s of sound", OURS, ours)
         name = f"decision after {seconds:.0f} s: published loop / ours"
         record.values["ratios"][name] = theirs.median / ours.median
         record.save()
@@ -133,10 +133,10 @@ def _decoder_steps(context: Context, histories: tuple[int, ...]) -> dict[int, Ti
     """Our decoder alone, for rivals that have no encoder here."""
     found = {}
     for history in histories:
-        step = ListeningStep(context, 1, history, "triton").step
+        step = ListeningStep(context, 1, history, OURS).step
 
         def call(step: object = step) -> None:
-            with backend("triton", context):
+            with backend(OURS, context):
                 step.run()  # type: ignore[attr-defined]
 
         found[history] = measure([call], context.device)
@@ -159,11 +159,15 @@ def _attention_case(context: Context, history: int) -> dict[str, Tensor]:
 
 
 def _attention(context: Context, histories: tuple[int, ...]) -> dict[int, Timing]:
-    run = Implementation("paged_attention", "triton", context.device).function
     found = {}
     for history in histories:
         arguments = _attention_case(context, history)
-        found[history] = measure([lambda a=arguments: run(**a)], context.device)
+
+        def call(arguments: dict[str, Tensor] = arguments) -> None:
+            with backend(OURS, context):
+                ops.paged_attention(**arguments)
+
+        found[history] = measure([call], context.device)
     return found
 
 

@@ -7,14 +7,13 @@ from collections.abc import Callable
 
 import torch
 
-from fastloop.ops.dependent import dependent_launches
 from fastloop.testing.timing import Timing
 
 from .clock import capture, measure
-from .model import DecoderStep, ListeningStep, Perception, backend
+from .model import APART, OURS, DecoderStep, ListeningStep, Perception, backend
 from .record import Context, Record
 
-BACKENDS = ("triton", "graph")  # ours; torch's own ops, in the forms that can be captured
+BACKENDS = (OURS, "graph")  # ours; torch's own ops, in the forms that can be captured
 PRECISIONS = ("fp8", "int4")  # of the weights, beside the model's own dtype
 
 
@@ -22,7 +21,7 @@ def run(context: Context, record: Record) -> None:
     """Lines for each part at several contexts, captured; a decision with its copies from and to the host."""
     record.put(ratios={})
     histories = (20,) if context.dry else (0, 1024, 4096)
-    for name in ("triton",) if context.dry else BACKENDS:
+    for name in (OURS,) if context.dry else BACKENDS:
         _perception(name, context, record)
         _dependent(name, context, record)
         for history in histories:
@@ -43,7 +42,7 @@ def run(context: Context, record: Record) -> None:
         _in_few_bits(precision, histories[-2:], context, record)
         if precision == "fp8":
             _float8_pages(histories[-1], context, record)
-        decision = ListeningStep(context, 1, histories[-1], "triton", precision)
+        decision = ListeningStep(context, 1, histories[-1], OURS, precision)
         moved = decision.step.weight_bytes + decision.step.kv_bytes + decision.perception.weight_bytes
         record.line(
             f"decision at {histories[-1]}, host to host", variant(precision), host_to_host(decision, context),
@@ -52,7 +51,7 @@ def run(context: Context, record: Record) -> None:
 
 
 def variant(precision: str) -> str:
-    return f"triton, {precision}" if precision else "triton"
+    return f"{OURS}, {precision}" if precision else OURS
 
 
 def _float8_pages(history: int, context: Context, record: Record) -> None:
@@ -66,7 +65,7 @@ def _float8_pages(history: int, context: Context, record: Record) -> None:
             told = variant(precision) + ", fp8 KV" * scaled
             name = f"listening step at {history}" + f", {streams} streams" * (streams > 1)
             moved = step.weight_bytes + step.kv_bytes
-            _line(name, "triton", step.run, moved, step.operations, context, record, told)
+            _line(name, OURS, step.run, moved, step.operations, context, record, told)
 
 
 def _in_few_bits(precision: str, histories: tuple[int, ...], context: Context, record: Record) -> None:
@@ -75,25 +74,25 @@ def _in_few_bits(precision: str, histories: tuple[int, ...], context: Context, r
         return
     perception = Perception(context, 1, precision)
     moved = perception.weight_bytes
-    _line("encoder, 1 chunk", "triton", perception.encode, moved, 0, context, record, variant(precision))
+    _line("encoder, 1 chunk", OURS, perception.encode, moved, 0, context, record, variant(precision))
     for what, rows in (("listening step", context.config.chunk_rows), ("text token", 1)):
         for history in histories:
             step = DecoderStep(context, [rows], [history], precision)
             moved = step.weight_bytes + step.kv_bytes
             name = f"{what} at {history}"
-            _line(name, "triton", step.run, moved, step.operations, context, record, variant(precision))
+            _line(name, OURS, step.run, moved, step.operations, context, record, variant(precision))
 
 
 def _dependent(name: str, context: Context, record: Record) -> None:
     """The listening step with programmatic dependent launch (sm_90), beside the same without."""
-    if name != "triton":
+    if name != OURS:
         return
     step, seconds = DecoderStep(context, [context.config.chunk_rows], [20]), {}
-    for wanted, variant in ((False, "triton"), (True, "triton, dependent")):
-        with dependent_launches(wanted), backend(name, context):
+    for variant in (APART, OURS):
+        with backend(variant, context):
             seconds[variant] = measure([step.run], context.device)
         record.line("listening step at 20", variant, seconds[variant])
-    gain = seconds["triton"].median / seconds["triton, dependent"].median
+    gain = seconds[APART].median / seconds[OURS].median
     record.values["ratios"]["listening step: plain launches / dependent ones"] = gain
 
 

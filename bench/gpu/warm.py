@@ -1,41 +1,54 @@
-"""Compile kernels ahead: `python warm.py PART OF` makes every OF-th call of the model and of the small cases.
+"""Compile kernels ahead: `python warm.py PART OF` makes every OF-th call of the model and of the small cases;
+with a third argument `tune` those that the section of this name tries.
 
 Triton keeps what it compiles on disk, so after a few of these side by side the sections find kernels there.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from fastloop.config import published_3b
+from fastloop.ops import REGISTRY
 from fastloop.ops.triton import kernel
+from fastloop.testing.op_cases import Case
+from fastloop.triton_kernels.calls import CALLS, made_on
+from gpu import tune
+from gpu.parity import small_checks
+from gpu.record import Context
+from gpu.sanitized import calls
+
+HERE = Path()
+CONTEXT = Context("cuda", False, published_3b(), torch.bfloat16, HERE, HERE, 0.0, {})
 
 
 def jobs() -> list[Callable[[], object]]:
     """Calls of the model's dims on zeros, then the small cases of every op."""
-    from sanitized import calls
-
-    from fastloop.triton_kernels.calls import CALLS
-
     found: list[Callable[[], object]] = [call for named in CALLS.values() for call in named.values()]
-    for op, case in calls(torch.Generator().manual_seed(1)):
-        found.append(lambda op=op, case=case: kernel(op)(**_moved(case.arguments)))
+    found += [functools.partial(_made, op, case) for op, case in calls(torch.Generator().manual_seed(1))]
+    for op, _, make in small_checks(CONTEXT):
+        found += [functools.partial(_made, op, case) for case in make(torch.Generator().manual_seed(1))]
     return found
 
 
-def _moved(arguments: dict[str, object]) -> dict[str, object]:
-    return {n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+def _made(op: str, case: Case) -> None:
+    if not REGISTRY[op].refusal("triton", (), case.arguments):
+        moved = case.arguments.items()
+        kernel(op)(**{n: v.cuda() if isinstance(v, torch.Tensor) else v for n, v in moved})
 
 
 def main() -> None:
-    from fastloop.triton_kernels.calls import made_on
-
-    part, of = (int(argument) for argument in sys.argv[1:])
+    part, of = (int(argument) for argument in sys.argv[1:3])
     done, failed = 0, []
     with made_on("cuda"), torch.inference_mode():
-        for job in jobs()[part::of]:
+        for job in (list(tune.jobs(CONTEXT)) if "tune" in sys.argv else jobs())[part::of]:
             try:
                 job()
                 done += 1

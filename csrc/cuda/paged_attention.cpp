@@ -74,18 +74,18 @@ bool wgmma_takes(const Params& p, const Device& device) {
            (p.head_width == 64 || p.head_width == 128);
 }
 
-// Where products bind, and neither bytes nor latency. mma.sync takes 130 us for 64 sequences of 104 packed rows (new rows x
-// query heads of a KV head) at 4k, as many more as there are rows; the bytes take 78 at 80 % of the read rate
-// (bench/GPU.md): from 64 rows on products are slower. The kernels by wgmma have tiles of 128 rows only: with few sequences
-// a long context is cut into pieces of 53 KB for one processor to add up, and flat tiles are faster.
-bool batch_of_listeners(const Params& p) {
-    constexpr size_t SEQUENCES = 8, PACKED_ROWS = 64;  // on average
-    return p.sequences >= SEQUENCES && p.rows * (p.heads / p.kv_heads) >= PACKED_ROWS * p.sequences;
+// On an H100 the kernels by wgmma take 128 us for 64 sequences of 104 packed rows (new rows x query heads of a KV head) at 4k
+// and mma.sync 229, 46 and 69 for 8 of them, 113 and 135 for 64 sequences of 8 (bench/results). They have tiles of 128 rows
+// only: with few sequences a long context is cut into pieces of 53 KB for one processor to add up, and flat tiles are faster.
+// How many sequences are real is not known here, for a captured step is padded to as many as it has rows.
+bool is_batch(const Params& p) {
+    constexpr size_t SEQUENCES = 8, PACKED_ROWS = 512;  // of all
+    return p.sequences >= SEQUENCES && p.rows * (p.heads / p.kv_heads) >= PACKED_ROWS;
 }
 
 bool use_wgmma(const Params& p, const Device& device) {
     switch (p.kernel) {
-        case FASTLOOP_CUDA_ATTENTION_BY_SHAPE: return batch_of_listeners(p) && wgmma_takes(p, device);
+        case FASTLOOP_CUDA_ATTENTION_BY_SHAPE: return is_batch(p) && wgmma_takes(p, device);
         case FASTLOOP_CUDA_ATTENTION_MMA: return false;
         case FASTLOOP_CUDA_ATTENTION_WGMMA:
             if (!wgmma_takes(p, device))

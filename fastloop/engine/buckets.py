@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from .runner import StepBatch
 
@@ -25,6 +26,9 @@ from .runner import StepBatch
 ROWS = (16, 32, 64, 128, 208)
 LEAST_DRAWS = 16  # rows of the whole vocabulary's head: one tile
 LEAST_PAGES = 8  # columns of the block table
+# On a GPU kernels look at no more columns than a sequence has, and a new bucket is 100 ms of capturing: those of
+# 2,048 slots in pages of 64.
+LEAST_PAGES_GPU = 32
 
 # Chunks of one pass of the encoder at most: 64 chunks are 1,280 rows, where arithmetic decides and a larger
 # pass saves nothing.
@@ -108,13 +112,18 @@ def _doubled(least: int, count: int) -> int:
     return least
 
 
-def bucket_of(batch: StepBatch, listening_rows: int) -> Bucket:
+def least_pages(device: torch.device) -> int:
+    """Columns of the block table that every bucket has at least."""
+    return LEAST_PAGES_GPU if device.type == "cuda" else LEAST_PAGES
+
+
+def bucket_of(batch: StepBatch, listening_rows: int, pages: int = LEAST_PAGES) -> Bucket:
     """The least bucket that holds a batch.
 
     listening_rows: rows of a listening step without a pending token in front; each decision stands behind
     so many rows, so their number needs no bucket of its own (and two rows of the head cost nothing). The
     draws double from 16, for they cost a pass over the vocabulary's head; the columns of the block table
-    double from 8, for what an op spends on them may follow their number.
+    double from `pages`, for what an op spends on them may follow their number.
     """
     rows = rows_bucket(len(batch.ids))
     draws, width = len(batch.draw_rows), batch.block_table.shape[1]
@@ -122,7 +131,7 @@ def bucket_of(batch: StepBatch, listening_rows: int) -> Bucket:
         rows=rows,
         decides=max(1, rows // listening_rows),
         draws=min(rows, _doubled(LEAST_DRAWS, draws)) if draws else 0,
-        pages=_doubled(LEAST_PAGES, width),
+        pages=_doubled(pages, width),
     )
 
 

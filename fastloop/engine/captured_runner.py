@@ -21,7 +21,7 @@ from ..checkpoint import Model
 from ..decision import DecisionState
 from ..mel import MelState
 from . import streams as schedule
-from .buckets import Bucket, bucket_of
+from .buckets import Bucket, bucket_of, least_pages
 from .captured_perceive import CapturedPerceive
 from .device_step import DeviceStep
 from .graphs import Graph, Graphs
@@ -116,7 +116,8 @@ class CapturedRunner(EagerRunner):
         if len(self._waiting) == 2:
             raise RuntimeError("CapturedRunner.submit: two steps are on their way; collect() the older one")
         turn = self._steps % 2
-        own = self._set(bucket_of(batch, self.model.config.chunk_tokens + 2), turn)
+        pages = least_pages(self.model.device)
+        own = self._set(bucket_of(batch, self.model.config.chunk_tokens + 2, pages), turn)
         buffers = own.buffers
         schedule.submit(
             self._streams,

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..text import LATER
 from . import streams as schedule
-from .buckets import Bucket, bucket_of
+from .buckets import Bucket, bucket_of, least_pages
 from .conditional import refusal
 from .device_step import DeviceStep
 from .graphs import Graph, Graphs
@@ -182,7 +182,9 @@ class Replies:
         """Begin a reply of up to `limit` tokens; `batch` is its first step, one row, and its block table has
         the pages of all. No step may be on its way.
         """
-        program, graph = self._program(bucket_of(batch, self._step.model.config.chunk_tokens + 2))
+        model = self._step.model
+        bucket = bucket_of(batch, model.config.chunk_tokens + 2, least_pages(model.device))
+        program, graph = self._program(bucket)
         self._read = 0
         schedule.reply(
             self._streams,

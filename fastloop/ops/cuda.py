@@ -423,12 +423,13 @@ def _refuses_attention(arguments: Mapping[str, Any]) -> str:
 REFUSES: dict[str, Refuses] = {"paged_attention": _refuses_attention}  # op -> what else it does not take
 
 
-BATCH = 8  # sequences from which on paged_attention's kernels are faster than Triton's
+BATCH = 512  # query rows of a KV head from which on paged_attention's kernels are faster than Triton's
 
 
 def _is_small(arguments: Mapping[str, Any]) -> str:
-    count = len(arguments["kv_lens"])
-    return "" if count >= BATCH else f"{count} sequences of {BATCH}"
+    q, pages = arguments["q"], arguments["k_pages"]
+    rows = q.shape[0] * (q.shape[1] // pages.shape[2])
+    return "" if rows >= BATCH else f"{rows} query rows of a KV head, from {BATCH} on it is faster"
 
 
 def _is_not_int4(arguments: Mapping[str, Any]) -> str:
