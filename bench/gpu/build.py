@@ -32,7 +32,10 @@ def run(context: Context, record: Record) -> None:
     images = _images()
     warmers = [
         subprocess.Popen(
-            [*yielding(), sys.executable, script, str(i), str(WARMERS)], stdout=subprocess.PIPE, text=True
+            [*yielding(), sys.executable, script, str(i), str(WARMERS)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=alone(),
         )
         for i in range(WARMERS)
     ]
@@ -58,6 +61,11 @@ def yielding() -> list[str]:
     one takes as long as everything else together.
     """
     return ["nice", "-n", "10"] if shutil.which("nice") else []
+
+
+def alone() -> dict[str, str]:
+    """The environment of one of many processes side by side: with a thread each for what torch computes."""
+    return os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 def _images() -> dict[str, subprocess.Popen[str]]:

@@ -82,6 +82,7 @@ def _check(
         record.values["errors"][name] = None
         return False
     record.values["errors"][name] = [found.error, found.bound]
+    record.save()
     if not found.ok:
         record.problem(f"{name}: {found.problem}")
     return found.ok

@@ -26,6 +26,7 @@ from fastloop.testing.op_cases import Case
 from fastloop.testing.tolerance import relative_error
 from fastloop.triton_kernels.tuning import overridden, table, table_path
 
+from .build import alone
 from .clock import measure
 from .model import OURS, DecoderStep, Perception, backend
 from .record import Context, Record
@@ -87,7 +88,8 @@ def _compile(record: Record) -> None:
     """All candidates, in many processes; triton keeps what they compile."""
     script = str(Path(__file__).with_name("warm.py"))
     workers = [
-        subprocess.Popen([sys.executable, script, str(i), str(WARMERS), "tune"]) for i in range(WARMERS)
+        subprocess.Popen([sys.executable, script, str(i), str(WARMERS), "tune"], env=alone())
+        for i in range(WARMERS)
     ]
     codes = [worker.wait() for worker in workers]
     record.put(compilers_failed=sum(map(bool, codes)))  # some candidates do not fit the device

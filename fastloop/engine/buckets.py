@@ -26,8 +26,8 @@ from .runner import StepBatch
 ROWS = (16, 32, 64, 128, 208)
 LEAST_DRAWS = 16  # rows of the whole vocabulary's head: one tile
 LEAST_PAGES = 8  # columns of the block table
-# On a GPU kernels look at no more columns than a sequence has, and a new bucket is 100 ms of capturing: those of
-# 2,048 slots in pages of 64.
+# On a GPU kernels look at no more columns than a sequence has, and a new bucket is 100 ms of capturing: those
+# of 2,048 slots in pages of 64.
 LEAST_PAGES_GPU = 32
 
 # Chunks of one pass of the encoder at most: 64 chunks are 1,280 rows, where arithmetic decides and a larger

@@ -38,10 +38,13 @@ def _proves(run: dict[str, Any], op: str, backend: str) -> bool:
     times: dict[str, dict[str, float]] = {}
     for line in timed.get("lines", []):
         times.setdefault(line["name"], {})[line["variant"]] = line["median_us"]
+    chosen = timed.get("values", {}).get("defaults", {})  # of the first run none are told: then all calls
     served = [
-        times[name]
-        for name, chosen in timed.get("values", {}).get("defaults", {}).items()
-        if chosen == backend and name.replace(",", " ").split()[0] == op
+        found
+        for name, found in times.items()
+        if name.replace(",", " ").split()[0] == op
+        and backend in found
+        and chosen.get(name, backend) == backend
     ]
     plain = [(t[backend], min(t[p] for p in PLAIN if p in t)) for t in served if any(p in t for p in PLAIN)]
     ours, theirs = (sum(times) for times in zip(*plain, strict=True)) if plain else (0.0, 0.0)
