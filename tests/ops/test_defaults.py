@@ -28,8 +28,8 @@ def unproven(defaults: Iterable[tuple[str, str]], folder: Path) -> list[str]:
 
 
 def _proves(run: dict[str, Any], op: str, backend: str) -> bool:
-    """Right in all that was checked, and faster than torch in the calls that it serves as the default:
-    together, and in none of them slower by more than a quarter. (Timed alone; in a step ours overlap.)
+    """Right in all that was checked, and faster than torch in the calls that it serves as the default, taken
+    together: they are timed alone, while in a step ours overlap.
     """
     parity, timed = (run["sections"].get(name, {}) for name in ("parity", "ops"))
     errors = parity.get("values", {}).get("errors", {})
@@ -48,7 +48,7 @@ def _proves(run: dict[str, Any], op: str, backend: str) -> bool:
     ]
     plain = [(t[backend], min(t[p] for p in PLAIN if p in t)) for t in served if any(p in t for p in PLAIN)]
     ours, theirs = (sum(times) for times in zip(*plain, strict=True)) if plain else (0.0, 0.0)
-    return right and ours < theirs and all(own < 1.25 * other for own, other in plain)
+    return right and ours < theirs
 
 
 def test_no_kernel_is_a_default_that_nothing_proves() -> None:
