@@ -167,8 +167,8 @@ class EngineConfig:
     cohort_s: how long a chunk may wait for others to share its step, seconds (AsyncEngine, Engine.begin_at);
         None: 2 ms where the weights' traffic decides (the captured runner), elsewhere no time at all.
     runner: "native" (compiled, CPU), "eager" (op by op), "captured" (graphs replayed from fixed buffers; on
-        the CPU a recording of them, for tests), or "auto": native where it is built and the model is on the
-        CPU, else eager.
+        the CPU a recording of them, for tests), or "auto": captured on a GPU, native on the CPU
+        where it is built, else eager.
     precision: of the weights, native only: "float32", "bfloat16", "int8", "int4"; "auto" keeps the
         checkpoint's.
     kv_precision: of the KV pages. Natively "float32", "bfloat16", or "int8", half of bfloat16's memory, which

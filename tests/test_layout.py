@@ -31,7 +31,8 @@ FILES = {
 }
 
 # What stands among the ops' files and is no op.
-OPS_SHARED = {"__init__", "contract", "cuda", "cuda_images", "dispatch", "flash_attn", "native", "triton"}
+OPS_SHARED = {"__init__", "contract", "cuda", "cuda_images", "dependent", "dispatch"}
+OPS_SHARED |= {"flash_attn", "native", "triton"}
 TESTS_SHARED = {"conftest", "test_contract", "test_defaults", "test_dispatch", "test_flash_attn"}
 TRITON_SHARED = {"__init__", "calls", "device", "launch", "resources", "tuning"}
 STAGES = {"encoder", "decoder"}  # whole stages of the path in one call, as in fastloop/encoder.py

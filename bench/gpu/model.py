@@ -39,8 +39,10 @@ def backend(name: str, context: Context) -> contextlib.AbstractContextManager[No
     if name in (OURS, APART):  # interpreted, on the CPU
         name = "triton"
         dispatch.BACKENDS_OF["cpu"] = tuple(dict.fromkeys((*dispatch.BACKENDS_OF["cpu"], "triton")))
-    have = [op for op in ops.REGISTRY.values() if name in op.implementations]
-    return dispatch.use_backend(",".join(f"{op.name}={name}" for op in have))
+    chosen = {op.name: name for op in ops.REGISTRY.values() if name in op.implementations}
+    if name == "graph":  # torch alone: what has none can be captured as it is defined
+        chosen = dict.fromkeys(ops.REGISTRY, "reference") | chosen
+    return dispatch.use_backend(",".join(f"{op}={backend}" for op, backend in chosen.items()))
 
 
 @contextlib.contextmanager

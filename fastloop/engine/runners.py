@@ -23,8 +23,8 @@ FLOAT8_CAPABILITY = (8, 9)  # of the first GPUs that convert float8_e4m3fn
 def is_native(config: EngineConfig, model: Model) -> bool:
     """Whether the native runner serves this engine; ConfigError where it is asked for and cannot.
 
-    FASTLOOP_BACKEND forces implementations of single ops, so with it "auto" means the eager runner. So it
-    does on a GPU. On a CPU quantised weights are for the native runner unless another one is asked for: op by
+    FASTLOOP_BACKEND forces implementations of single ops, so with it "auto" means the eager runner. On a CPU
+    quantised weights are for the native runner unless another one is asked for: op by
     op each of them would be widened in every step.
     """
     if config.kv_precision == "fp8":
@@ -97,11 +97,17 @@ def kv_layout(config: EngineConfig, model: Model) -> KVLayout:
     return RowLayout(dtype)
 
 
+def _is_captured(config: EngineConfig, model: Model) -> bool:
+    """On a GPU "auto" means graphs; with FASTLOOP_BACKEND, whose implementations may not be captured, eager."""
+    auto = config.runner == "auto" and model.device.type == "cuda" and not forced_backends()
+    return config.runner == "captured" or auto
+
+
 def make_runner(
     config: EngineConfig, model: Model, cache: KVCache, decisions: DecisionState, mel: MelState
 ) -> Runner:
     """The runner of an engine. `decisions` has one slot more than there are sessions (CapturedRunner)."""
-    if config.runner == "captured":
+    if _is_captured(config, model):
         return CapturedRunner(model, cache, decisions, mel)
     if not is_native(config, model):
         return EagerRunner(model, cache, decisions, mel)
