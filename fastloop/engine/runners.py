@@ -98,7 +98,7 @@ def kv_layout(config: EngineConfig, model: Model) -> KVLayout:
 
 
 def _is_captured(config: EngineConfig, model: Model) -> bool:
-    """On a GPU "auto" means graphs; with FASTLOOP_BACKEND, whose implementations may not be captured, eager."""
+    """On a GPU "auto" means graphs; with FASTLOOP_BACKEND, whose choice may not be captured, eager."""
     auto = config.runner == "auto" and model.device.type == "cuda" and not forced_backends()
     return config.runner == "captured" or auto
 
