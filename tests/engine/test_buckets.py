@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastloop.engine.buckets import ROWS, Bucket, bucket_of, clear, pad, rows_bucket
+from fastloop.engine.buckets import ROWS, Bucket, bucket_of, clear, least_pages, pad, rows_bucket
 from fastloop.engine.runner import StepBatch
 from fastloop.testing.steps import LISTENING_ROWS, random_batch
 
@@ -32,6 +32,13 @@ def test_rows_bucket_is_the_least_that_holds_them(rows: int) -> None:
     if size > ROWS[0]:
         smaller = [n for n in range(1, size) if rows_bucket(n) == n]
         assert smaller[-1] < rows
+
+
+def test_block_tables_are_wide_on_gpus_from_the_start() -> None:
+    """So a session of a minute meets no second bucket, which would be captured while it waits."""
+    pages = least_pages(torch.device("cuda", 0))
+    assert bucket_of(random_batch(np.random.default_rng(1), 1, 0), LISTENING_ROWS, pages).pages == 32
+    assert least_pages(torch.device("cpu")) == 8
 
 
 def test_a_step_without_rows_has_no_bucket() -> None:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from fastloop.ops import REGISTRY
+from fastloop.ops import REGISTRY, cuda
+from fastloop.ops.dispatch import capturable
+from fastloop.ops.native import native, reason
+from fastloop.testing import op_cases as cases
+from fastloop.testing.assertions import seeded
+from fastloop.testing.op_cases import Case
 
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 KERNELS = ("triton", "cuda", "flash_attn")
@@ -54,6 +61,41 @@ def _proves(run: dict[str, Any], op: str, backend: str) -> bool:
 def test_no_kernel_is_a_default_that_nothing_proves() -> None:
     defaults = [(op.name, backend) for op in REGISTRY.values() for backend in op.defaults["cuda"]]
     assert unproven(defaults, RESULTS) == []
+
+
+def served(op: str, case: Case) -> str:
+    return REGISTRY[op].serving("cuda", (), case.arguments)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="no triton")
+@pytest.mark.parametrize("missing", ["", "no compiler"])
+def test_each_call_is_served_by_what_is_fastest_for_it(missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA C++ where its kernels are there, for the calls that it is faster for; then Triton; then torch."""
+    if native is None:
+        pytest.skip(reason)
+    monkeypatch.setattr(cuda, "_missing", lambda kernels, device: missing)
+    first = "triton" if missing else "cuda"
+    sizes = {"heads": 16, "kv_heads": 2, "head_width": 64, "dtype": torch.bfloat16}
+
+    def attention(count: int, **more: Any) -> Case:
+        shape = {"rows": [13] * count, "lens": [20] * count, "gaps": [(0, 0)] * count}
+        return cases.paged_attention_case(seeded(1), **shape, **sizes, **more)
+
+    assert served("paged_attention", attention(5)) == first
+    assert served("paged_attention", attention(4)) == "triton" == served("paged_attention", attention(1))
+    assert served("paged_attention", attention(5, scaled=True)) == "triton", "CUDA reads no scaled pages"
+    for kind, wanted in (("int4", first), ("fp8", "triton"), ("int8", "triton")):
+        small = {"rows": 3, "width_in": 64, "width_out": 8, "dtype": torch.bfloat16}
+        assert (
+            served("linear_quantised", cases.linear_quantised_case(seeded(1), kind=kind, **small)) == wanted
+        )
+    assert served("mel", cases.mel_case(seeded(1))) == first
+    decide = cases.CASES["decide"](seeded(1))[0]
+    assert served("decide", decide) == "triton"
+    wide = Case({n: v.double() if n == "x" else v for n, v in decide.arguments.items()}, decide.mutates)
+    assert served("decide", wide) == "reference"
+    with capturable():
+        assert served("decide", wide) == "graph"
 
 
 def gpu_run(error: float = 0.5, ours: float = 8.0) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from fastloop.ops.linear import EPILOGUES
 from fastloop.testing.implementations import Implementation
 from fastloop.testing.op_cases import Case, linear_case
 from fastloop.triton_kernels.launch import record_launches
-from fastloop.triton_kernels.linear import depth_splits, linear_triton
+from fastloop.triton_kernels.linear import depth_splits, linear_triton, prefetched
+from fastloop.triton_kernels.tuning import overridden
 
 Check = Callable[[str, Case], None]
 
@@ -48,6 +49,25 @@ def test_split_depth(check: Check, epilogue: str) -> None:
         linear_triton(**case.arguments)
     assert [launch.kernel.__name__ for launch in launches] == ["_linear", "_add_splits"]
     check("linear", case)
+
+
+@pytest.mark.parametrize("epilogue", EPILOGUES)
+@pytest.mark.parametrize("channels", [5, 13])
+def test_tiles_of_fewer_channels_than_their_block(check: Check, epilogue: str, channels: int) -> None:
+    blocks = {"BLOCK_OUT": 16, "BLOCK_ROWS": 16, "BLOCK_DEPTH": 32, "warps": 4, "stages": 2}
+    case = linear_case(
+        generator(), rows=13, width_in=300, width_out=70, bias=True, residual=True, epilogue=epilogue
+    )
+    with overridden("linear", {**blocks, "channels": channels, "max_splits": 4, "prefetch_kb": 16}):
+        check("linear", case)
+
+
+def test_what_is_asked_for_ahead() -> None:
+    """Kilobytes of a program as columns of its rows, in whole lines of 128 bytes; 0 where that is less."""
+    weight = torch.empty(64, 2048, dtype=torch.bfloat16)
+    assert prefetched(64, weight, 32, gate=False) == 1024 and prefetched(64, weight, 32, gate=True) == 512
+    assert prefetched(16, weight.to(torch.float8_e4m3fn), 32, gate=True) == 256
+    assert prefetched(0, weight, 32, gate=False) == 0 == prefetched(4, weight, 64, gate=False)
 
 
 def test_no_rows(device: str) -> None:
