@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from ..ops.dispatch import Op
 
 NOT_WRITTEN = "not written for this op"
+CANNOT_RUN = "raised BackendError: "  # how a self-check begins to say so
 
 ModelName = Annotated[str, typer.Option(metavar="NAME|DIR", help="The model of the memory plan.")]
 Sessions = Annotated[int, typer.Option(min=1, max=100_000, help="Sessions of the memory plan.")]
@@ -101,13 +102,25 @@ def op_lines(no_gpu: str | None) -> tuple[list[OpLine], list[str]]:
             continue
         for name in names:
             try:
-                used = REGISTRY[name].backend(device)
+                used = _used(REGISTRY[name], device)
             except BackendError as error:
                 used = ""
                 problems.append(str(error))
             lines += [_line(REGISTRY[name], device, backend, used) for backend in BACKENDS_OF[device]]
     problems += [f"op {x.op}, backend {x.backend} on {x.device}: {x.detail}" for x in lines if not x.ok]
     return lines, list(dict.fromkeys(problems))
+
+
+def _used(op: Op[..., Any], device: str) -> str:
+    """What serves an op on a device: what is forced, or the first of its defaults that runs there."""
+    from ..ops.dispatch import forced_backends
+    from ..testing.selfcheck import self_check
+
+    first, forced = op.backend(device), forced_backends()
+    if op.name in forced or "*" in forced:
+        return first
+    checks = ((backend, self_check(op.name, backend, device)) for backend in op.defaults[device])
+    return next((name for name, found in checks if not found.problem.startswith(CANNOT_RUN)), first)
 
 
 def _line(op: Op[..., Any], device: str, backend: str, used: str) -> OpLine:
@@ -117,9 +130,8 @@ def _line(op: Op[..., Any], device: str, backend: str, used: str) -> OpLine:
         why = op.unavailable.get(backend, NOT_WRITTEN)
         return OpLine(op.name, device, backend, "unavailable", None, None, why, True)
     found = self_check(op.name, backend, device)
-    cannot_run = "raised BackendError: "
-    if backend != used and found.problem.startswith(cannot_run):
-        why = found.problem.removeprefix(cannot_run)
+    if backend != used and found.problem.startswith(CANNOT_RUN):
+        why = found.problem.removeprefix(CANNOT_RUN)
         return OpLine(op.name, device, backend, "unavailable", None, None, why, True)
     state = "used" if backend == used else "available"
     return OpLine(op.name, device, backend, state, found.error, found.bound, found.problem, found.ok)

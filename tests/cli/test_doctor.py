@@ -11,11 +11,25 @@ import pytest
 import torch
 from typer.testing import Result
 
-from fastloop.ops.dispatch import BACKENDS, BACKENDS_OF, REGISTRY
+from fastloop.cli.doctor import op_lines
+from fastloop.ops.dispatch import BACKENDS, BACKENDS_OF, REGISTRY, BackendError
 from fastloop.testing.op_cases import CASES
 from fastloop.testing.selfcheck import self_check
 
 Run = Callable[..., Result]
+
+
+def test_a_default_that_cannot_run_leaves_the_op_to_the_next_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As CUDA kernels without a compiler leave it to Triton's: nothing is wrong then."""
+
+    def missing(*args: object, **kwargs: object) -> None:
+        raise BackendError("no compiler here")
+
+    monkeypatch.setitem(REGISTRY["decide"].implementations, "cpu", missing)
+    monkeypatch.setitem(REGISTRY["decide"].defaults, "cpu", ("cpu", "reference"))
+    lines, problems = op_lines("no GPU")
+    state = {line.backend: line.state for line in lines if (line.op, line.device) == ("decide", "cpu")}
+    assert state["cpu"] == "unavailable" and state["reference"] == "used" and not problems
 
 
 def test_every_op_has_a_self_check() -> None:
