@@ -33,7 +33,7 @@ TAKES: dict[str, Limits] = {  # op -> the dtypes that its kernel has code for
 }
 
 
-DEFAULTS = tuple(name for name in (*TAKES, "mel"))  # on GPUs, of the calls that no kernel of "cuda" takes
+DEFAULTS = (*TAKES, "mel")  # on GPUs, for the calls that "cuda" does not serve
 
 
 @functools.cache
