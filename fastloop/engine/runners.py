@@ -24,8 +24,8 @@ def is_native(config: EngineConfig, model: Model) -> bool:
     """Whether the native runner serves this engine; ConfigError where it is asked for and cannot.
 
     FASTLOOP_BACKEND forces implementations of single ops, so with it "auto" means the eager runner. On a CPU
-    quantised weights are for the native runner unless another one is asked for: op by op each of them would be
-    widened in every step.
+    quantised weights are for the native runner unless another one is asked for: op by op each of them would
+    be widened in every step.
     """
     if config.kv_precision == "fp8":
         _refuse_float8_pages(config, model)
