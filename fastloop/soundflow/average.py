@@ -1,9 +1,9 @@
-"""The mean of models' weights: of runs that fell from the same weights it often does better than each of them.
+"""The mean of models' weights: of runs that fell from the same weights it often does better than each.
 
     python -m fastloop.soundflow.average OUT MODEL [MODEL=SHARE ...]
 
-Each model is a packaged one or a directory; without shares all count alike. Wortsman et al. 2022, "Model soups:
-averaging weights of multiple fine-tuned models improves accuracy without increasing inference time".
+Each model is a packaged one or a directory; without shares all count alike. Wortsman et al. 2022, "Model
+soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time".
 """
 
 from __future__ import annotations
@@ -19,19 +19,18 @@ from ..checkpoint import CheckpointError, Model, load, save
 
 
 def average(models: Sequence[Model], shares: Sequence[float]) -> dict[str, torch.Tensor]:
-    """sum of share x weight, in float64 and rounded once to the first model's dtype. CheckpointError where the
-    models differ in anything but the values of their weights, ValueError where the shares do not sum to 1.
+    """sum of share x weight, in float64 and rounded once to the first model's dtype. CheckpointError where
+    models differ in more than the values of their weights, ValueError where the shares do not sum to 1.
     """
     if abs(sum(shares) - 1.0) > 1e-6:
         raise ValueError(f"average: shares must sum to 1, got {', '.join(map(str, shares))}")
     first = models[0]
     for number, model in enumerate(models):
+        told = f"average: model {number + 1}"
         if model.quantised:
-            raise CheckpointError(f"average: model {number + 1} is quantised; average what it was made from")
+            raise CheckpointError(f"{told} is quantised; average what it was made from")
         if model.config != first.config or model.tokenizer.to_json() != first.tokenizer.to_json():
-            raise CheckpointError(
-                f"average: model {number + 1} has other dims or another tokenizer than model 1"
-            )
+            raise CheckpointError(f"{told} has other dims or another tokenizer than model 1")
     return {
         name: sum(
             share * model.weights[name].double() for share, model in zip(shares, models, strict=True)

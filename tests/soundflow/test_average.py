@@ -58,5 +58,5 @@ def test_other_dims_are_refused(pair: list[Path], tmp_path: Path) -> None:
     other = saved(tmp_path / "other", random_model(small(layers=2), seed=1))
     with pytest.raises(SystemExit, match="model 2 has other dims or another tokenizer than model 1"):
         main([str(tmp_path / "mean"), str(pair[0]), str(other)])
-    with pytest.raises(SystemExit, match="m1: .*exists"):
+    with pytest.raises(SystemExit, match=r"m1: .*exists"):
         main([str(pair[0]), str(pair[1])])
