@@ -96,11 +96,15 @@ def _image_texts(images: dict[str, subprocess.Popen[str]], context: Context) -> 
     return texts
 
 
-def _native(context: Context, record: Record) -> None:
-    """csrc/, in place, unless what is there is newer than all sources."""
+def _is_built() -> bool:
     built = ROOT / "fastloop" / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
     sources = [file for file in (ROOT / "csrc").rglob("*") if file.is_file()]
-    if built.exists() and built.stat().st_mtime > max(file.stat().st_mtime for file in sources):
+    return built.exists() and built.stat().st_mtime > max(file.stat().st_mtime for file in sources)
+
+
+def _native(context: Context, record: Record) -> None:
+    """csrc/, in place, unless what is there is newer than all sources."""
+    if _is_built():
         record.put(native_text="newer than its sources: kept")
         return
     if shutil.which("nvcc") is None and shutil.which("c++") is None:

@@ -49,7 +49,7 @@ def test_any_size(check: Check, kind: str, rows: int, width_in: int, width_out: 
 def test_split_depth(check: Check, kind: str, epilogue: str) -> None:
     """Deep and narrow: the depth is split, and the second kernel adds, scales and finishes."""
     case = linear_quantised_case(
-        seeded(2), kind=kind, rows=5, width_in=1344, width_out=34, bias=True, epilogue=epilogue
+        seeded(2), kind=kind, rows=5, width_in=2112, width_out=34, bias=True, epilogue=epilogue
     )
     with record_launches() as launches:
         linear_quantised_triton(**case.arguments)
