@@ -14,22 +14,20 @@ def begin(DEPENDENT: tl.constexpr):
     """First line of every kernel. Under programmatic dependent launch: let the next kernel's blocks be
     scheduled, then wait until what the previous kernel wrote is there.
     """
-    if DEPENDENT:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
+    begin_early(DEPENDENT)
+    begin_late(DEPENDENT)
 
 
 @triton.jit
 def begin_early(DEPENDENT: tl.constexpr):
-    """The first half of `begin`: for kernels that have something to do before they need what the previous
-    one wrote; `begin_late` is the second half.
-    """
+    """The first half: for kernels that have something to do before they need what the previous one wrote."""
     if DEPENDENT:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def begin_late(DEPENDENT: tl.constexpr):
+    """The second half: nothing that the previous kernel wrote is read before."""
     if DEPENDENT:
         tl.extra.cuda.gdc_wait()
 

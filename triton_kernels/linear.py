@@ -6,8 +6,7 @@
 Who owns what: a program owns CHANNELS output channels (for silu_gate the gate and the up rows of those) for
 BLOCK_ROWS rows, over one of SPLITS ranges of the depth. CHANNELS is BLOCK_OUT, or what deals them out evenly:
 11,008 channels in tiles of 32 are 2.6 tiles for each of 132 processors, in tiles of 28 they are 3. Bytes
-moved: the weights once, streamed past the
-cache (evict_first), x once per program out of L2.
+moved: the weights once, streamed past the cache (evict_first), x once per program out of L2.
 Why this version: at 1 to 64 rows the weights are the traffic (88 % of a layer's bytes), so every weight byte
 is in flight once, several stages deep, and the multiply hides behind it. Few output channels leave processors
 idle: then the depth is split, partial sums go through L2 in float32, and a second kernel adds them in a fixed

@@ -7,6 +7,7 @@ Every candidate must first compute what the shipped configuration computes.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -24,6 +25,7 @@ from fastloop.testing import op_cases as cases
 from fastloop.testing.implementations import Implementation
 from fastloop.testing.op_cases import Case
 from fastloop.testing.tolerance import relative_error
+from fastloop.triton_kernels import tuning
 from fastloop.triton_kernels.tuning import overridden, table, table_path
 
 from .build import alone
@@ -33,6 +35,7 @@ from .record import Context, Record
 from .shapes import linears
 
 GAIN = 0.995  # a candidate must take at most this share of the time of what it replaces
+DRIFT = 1.02  # if what it replaces takes so much longer the second time, the machine has changed
 LAYERS = 8  # whose weights are many times the size of the L2 cache
 WARMERS = 14  # processes that compile
 TIMED_S = 0.03  # of replays for each candidate and part
@@ -126,8 +129,8 @@ def all_targets(context: Context) -> list[Target]:
     deep = () if context.dry else ("listening at 4096",)
     rows = context.config.chunk_rows
     found = [
-        _attention("attention of a listener", rows, 4 * rows, (both[0], *deep), few_rows(), context),
-        _attention("attention of a speaker", 1, 4, (both[1],), one_row(), context),
+        _attention("attention of a listener", rows, 4 * rows, (both[0], *deep), FEW_ROWS, context),
+        _attention("attention of a speaker", 1, 4, (both[1],), ONE_ROW, context),
     ]
     order = ("decoder gate_up", "decoder down", "decoder out", "decoder qkv")
     found += [_linear(name, 16, rows, both, context) for name in order]
@@ -141,7 +144,12 @@ def all_targets(context: Context) -> list[Target]:
 
 
 def _attention(
-    name: str, rows: int, most: int, parts: tuple[str, ...], candidates: Iterator[Config], context: Context
+    name: str,
+    rows: int,
+    most: int,
+    parts: tuple[str, ...],
+    blocks: tuple[tuple[int, ...], ...],
+    context: Context,
 ) -> Target:
     d = context.config.decoder
     sizes = {"max_rows": most, "itemsize": context.dtype.itemsize, "head": d.head_width, "scaled": False}
@@ -149,41 +157,26 @@ def _attention(
         cases.paged_attention_case, rows=[rows], lens=[1000 + rows], gaps=[(0, 0)], heads=d.heads,
         kv_heads=d.kv_heads, head_width=d.head_width, page=64, dtype=context.dtype,
     )  # fmt: skip
-    return Target(name, "paged_attention", sizes, draw, parts, tuple(candidates))
+    found = tuple(dict(zip(ATTENDING, numbers, strict=True)) for numbers in blocks)
+    return Target(name, "paged_attention", sizes, draw, parts, found)
 
 
-def few_rows() -> Iterator[Config]:
-    """(BLOCK_ROWS, BLOCK_SLOTS, warps, stages, max_splits, least_steps, programs a processor)"""
-    for sizes in (
-        (16, 128, 4, 1, 32, 1, 2), (32, 64, 4, 3, 32, 2, 2), (64, 64, 4, 2, 32, 1, 2),
-        (128, 64, 8, 2, 32, 1, 2), (32, 64, 4, 3, 64, 1, 2), (32, 64, 4, 2, 64, 1, 4),
-        (16, 128, 4, 1, 64, 1, 4), (16, 64, 4, 3, 64, 1, 2), (64, 64, 4, 3, 32, 1, 2),
-        (32, 128, 4, 2, 32, 1, 2), (64, 128, 8, 2, 32, 1, 2),
-    ):  # fmt: skip
-        yield _attending(*sizes)
+ATTENDING = (
+    "BLOCK_ROWS", "BLOCK_SLOTS", "warps", "stages", "max_splits", "least_steps", "programs_per_processor",
+)  # fmt: skip
+FEW_ROWS = (
+    (16, 128, 4, 1, 32, 1, 2), (32, 64, 4, 3, 32, 2, 2), (64, 64, 4, 2, 32, 1, 2), (128, 64, 8, 2, 32, 1, 2),
+    (32, 64, 4, 3, 64, 1, 2), (32, 64, 4, 2, 64, 1, 4), (16, 128, 4, 1, 64, 1, 4), (16, 64, 4, 3, 64, 1, 2),
+    (64, 64, 4, 3, 32, 1, 2), (32, 128, 4, 2, 32, 1, 2), (64, 128, 8, 2, 32, 1, 2),
+)  # fmt: skip
+ONE_ROW = (
+    (16, 64, 4, 2, 32, 1, 2), (16, 64, 4, 3, 32, 1, 2), (16, 128, 4, 1, 32, 1, 2), (16, 128, 8, 1, 32, 1, 2),
+    (16, 32, 4, 3, 32, 1, 2), (16, 64, 2, 2, 32, 1, 2), (16, 64, 4, 2, 16, 1, 2),
+)  # fmt: skip
 
 
-def one_row() -> Iterator[Config]:
-    """As `few_rows`."""
-    for sizes in (
-        (16, 64, 4, 2, 32, 1, 2), (16, 64, 4, 3, 32, 1, 2), (16, 128, 4, 1, 32, 1, 2),
-        (16, 128, 8, 1, 32, 1, 2), (16, 32, 4, 3, 32, 1, 2), (16, 64, 2, 2, 32, 1, 2),
-        (16, 64, 4, 2, 16, 1, 2),
-    ):  # fmt: skip
-        yield _attending(*sizes)
-
-
-def _attending(
-    rows: int, slots: int, warps: int, stages: int, splits: int, least: int, programs: int
-) -> Config:
-    return {
-        "BLOCK_ROWS": rows, "BLOCK_SLOTS": slots, "warps": warps, "stages": stages, "max_splits": splits,
-        "least_steps": least, "programs_per_processor": programs,
-    }  # fmt: skip
-
-
-# (BLOCK_OUT, channels, BLOCK_DEPTH, warps, stages, max_splits), each with some `prefetch_kb`. Channels deal
-# tiles out evenly over 132 processors.
+MULTIPLYING = ("BLOCK_OUT", "channels", "BLOCK_DEPTH", "warps", "stages", "max_splits")
+# Each with some `prefetch_kb`. Channels deal tiles out evenly over 132 processors.
 PREFETCHES = (0, 16, 32)
 BLOCKS = {
     "decoder gate_up": ((32, 32, 128, 4, 4, 1), (32, 28, 128, 4, 4, 1), (32, 28, 128, 4, 3, 1),
@@ -208,11 +201,8 @@ BYTE_BLOCKS = ((32, 32, 256, 4, 4, 8), (32, 28, 256, 4, 4, 8), (64, 64, 256, 4, 
 
 
 def _multiplying(block_rows: int, sizes: tuple[int, ...], kilobytes: int) -> Config:
-    out, channels, depth, warps, stages, splits = sizes
-    return {
-        "BLOCK_OUT": out, "channels": channels, "BLOCK_ROWS": block_rows, "BLOCK_DEPTH": depth,
-        "warps": warps, "stages": stages, "max_splits": splits, "prefetch_kb": kilobytes,
-    }  # fmt: skip
+    blocks = dict(zip(MULTIPLYING, sizes, strict=True))
+    return blocks | {"BLOCK_ROWS": block_rows, "prefetch_kb": kilobytes}
 
 
 def _linear(name: str, block_rows: int, rows: int, parts: tuple[str, ...], context: Context) -> Target:
@@ -286,7 +276,7 @@ def _best(target: Target, parts: Parts, context: Context, record: Record) -> Con
             continue
         if times[-1][0] < best:
             best, chosen = times[-1]
-    if chosen is not None and taken() > base * 1.02:  # the machine changed meanwhile: what was there stays
+    if chosen is not None and taken() > DRIFT * base:
         chosen = None
     record.values["gains"][target.name] = {
         "gain": base / best if chosen else 1.0,
@@ -297,23 +287,20 @@ def _best(target: Target, parts: Parts, context: Context, record: Record) -> Con
     return chosen
 
 
-class _first:
+@contextlib.contextmanager
+def _first(target: Target, config: Config, context: Context) -> Iterator[None]:
     """Inside, an entry of the target in front of the device's table."""
-
-    def __init__(self, target: Target, config: Config, context: Context) -> None:
-        self.op, self.entry, self.context = target.op, target.sizes | {"config": config}, context
-
-    def __enter__(self) -> None:
-        _put_first(self.op, self.entry, self.context)
-
-    def __exit__(self, *_: object) -> None:
-        _entries(self.op, self.context).pop(0)
-        _forget()
+    _put_first(target.op, target.sizes | {"config": config}, context)
+    try:
+        yield
+    finally:
+        _entries(target.op, context).pop(0)
+        tuning._choose.cache_clear()
 
 
 def _put_first(op: str, entry: Config, context: Context) -> None:
     _entries(op, context).insert(0, entry)
-    _forget()
+    tuning._choose.cache_clear()
 
 
 def _entries(op: str, context: Context) -> list[Config]:
@@ -321,9 +308,3 @@ def _entries(op: str, context: Context) -> list[Config]:
     device = torch.device(context.device, 0) if context.device == "cuda" else torch.device(context.device)
     found: list[Config] = table(device)[op]
     return found
-
-
-def _forget() -> None:
-    from fastloop.triton_kernels import tuning
-
-    tuning._choose.cache_clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ from .terminal import UsageProblem, complain
 
 if TYPE_CHECKING:
     from ..ops.dispatch import Op
+    from ..testing.selfcheck import Finding
 
 NOT_WRITTEN = "not written for this op"
 CANNOT_RUN = "raised BackendError: "  # how a self-check begins to say so
@@ -88,6 +90,7 @@ def op_lines(no_gpu: str | None) -> tuple[list[OpLine], list[str]]:
     from .. import ops  # noqa: F401  (registers the ops)
     from ..ops.dispatch import BACKENDS_OF, REGISTRY, BackendError
     from ..testing.op_cases import CASES
+    from ..testing.selfcheck import self_check
 
     order = [name for name in CASES if name in REGISTRY]
     names = [*order, *(name for name in REGISTRY if name not in order)]
@@ -101,35 +104,34 @@ def op_lines(no_gpu: str | None) -> tuple[list[OpLine], list[str]]:
             ]
             continue
         for name in names:
+            op = REGISTRY[name]
+            checks = {b: self_check(name, b, device) for b in BACKENDS_OF[device] if b in op.implementations}
             try:
-                used = _used(REGISTRY[name], device)
+                used = _used(op, device, checks)
             except BackendError as error:
                 used = ""
                 problems.append(str(error))
-            lines += [_line(REGISTRY[name], device, backend, used) for backend in BACKENDS_OF[device]]
+            lines += [_line(op, device, backend, used, checks) for backend in BACKENDS_OF[device]]
     problems += [f"op {x.op}, backend {x.backend} on {x.device}: {x.detail}" for x in lines if not x.ok]
     return lines, list(dict.fromkeys(problems))
 
 
-def _used(op: Op[..., Any], device: str) -> str:
+def _used(op: Op[..., Any], device: str, checks: Mapping[str, Finding]) -> str:
     """What serves an op on a device: what is forced, or the first of its defaults that runs there."""
     from ..ops.dispatch import forced_backends
-    from ..testing.selfcheck import self_check
 
     first, forced = op.backend(device), forced_backends()
     if op.name in forced or "*" in forced:
         return first
-    checks = ((backend, self_check(op.name, backend, device)) for backend in op.defaults[device])
-    return next((name for name, found in checks if not found.problem.startswith(CANNOT_RUN)), first)
+    runs = (name for name in op.defaults[device] if not checks[name].problem.startswith(CANNOT_RUN))
+    return next(runs, first)
 
 
-def _line(op: Op[..., Any], device: str, backend: str, used: str) -> OpLine:
-    from ..testing.selfcheck import self_check
-
+def _line(op: Op[..., Any], device: str, backend: str, used: str, checks: Mapping[str, Finding]) -> OpLine:
     if backend not in op.implementations:
         why = op.unavailable.get(backend, NOT_WRITTEN)
         return OpLine(op.name, device, backend, "unavailable", None, None, why, True)
-    found = self_check(op.name, backend, device)
+    found = checks[backend]
     if backend != used and found.problem.startswith(CANNOT_RUN):
         why = found.problem.removeprefix(CANNOT_RUN)
         return OpLine(op.name, device, backend, "unavailable", None, None, why, True)

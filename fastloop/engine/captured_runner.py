@@ -64,6 +64,7 @@ class CapturedRunner(EagerRunner):
         last = torch.zeros(len(decisions.state), dtype=torch.int64, device=model.device)
         self._step = DeviceStep(model, cache, decisions, self.banned, last)
         self._spare_slot = len(decisions.state) - 1
+        self._least_pages = least_pages(model.device)
         self._sets: dict[tuple[Bucket, int], _Set] = {}
         self._perceive = CapturedPerceive(model, mel, self._streams, self._graphs)
         self._groups = self._steps = 0  # of audio tokens, of submit so far
@@ -116,8 +117,7 @@ class CapturedRunner(EagerRunner):
         if len(self._waiting) == 2:
             raise RuntimeError("CapturedRunner.submit: two steps are on their way; collect() the older one")
         turn = self._steps % 2
-        pages = least_pages(self.model.device)
-        own = self._set(bucket_of(batch, self.model.config.chunk_tokens + 2, pages), turn)
+        own = self._set(bucket_of(batch, self.model.config.chunk_tokens + 2, self._least_pages), turn)
         buffers = own.buffers
         schedule.submit(
             self._streams,

@@ -1,9 +1,9 @@
 """Every implementation of an op against its definition, on small random inputs: `fastloop doctor` and tests.
 
 The truth is the op's reference in float64. An implementation may err twice as much as the reference does at
-the precision of the arguments (fastloop.testing.tolerance), on the CPU or, for a GPU's kernels, there; and
-what is not a float (decisions, token ids, counters) must be equal. Arguments that an op changes in place are
-compared like its results; all others, and the memory around all of them, must be as they were.
+the precision of the arguments (fastloop.testing.tolerance), and what is not a float (decisions, token ids,
+counters) must be equal. Arguments that an op changes in place are compared like its results; all others, and
+the memory around all of them, must be as they were.
 """
 
 from __future__ import annotations
@@ -78,24 +78,11 @@ def compare(implementation: Implementation, case: Case) -> Finding:
     touched = _touched(case, arguments)
     if touched:
         return Finding(None, None, touched)
-    found = _judge_all(outs, plains, truths, case)
-    if found.ok or found.error is None or not (on_device := _plain_there(implementation)):
-        return found
-    return _judge_all(outs, results(on_device, case.arguments, case.mutates), truths, case)
-
-
-def _judge_all(outs: list[Tensor], plains: list[Tensor], truths: list[Tensor], case: Case) -> Finding:
     found = Finding(0.0, 0.0)
     for number, (out, plain, truth) in enumerate(zip(outs, plains, truths, strict=True)):
         measure = torch.Tensor.double if number else case.measure
         found = _worse(found, judge(f"result {number}", out, plain, truth, measure))
     return found
-
-
-def _plain_there(implementation: Implementation) -> Implementation | None:
-    """Plain PyTorch on the GPU of a kernel: it adds up longer chains than a CPU, by which it is judged."""
-    there = Implementation(implementation.op, "reference", implementation.device)
-    return None if implementation.device == "cpu" or implementation == there else there
 
 
 def compare_pooled(implementation: Implementation, draws: Iterable[Case], numbers: int) -> Finding:
