@@ -245,6 +245,12 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
     "sample": {"a token": lambda: _sample(1), "float32": lambda: _sample(1, F32)},
 }
 
+BATCHES: dict[str, Callable[[int], Any]] = {  # calls by how many sequences, decisions or chunks they have
+    "paged_attention": lambda rows: _paged_attention(rows, rows),
+    "decide": _decide,
+    "conv_stem": _conv_stem,
+}
+
 QUICK = {  # the calls that one stream makes: one of each kernel
     "layer_norm": ["a chunk"],
     "rms_norm": ["a listening step"],

@@ -74,11 +74,29 @@ def run(context: Context, record: Record) -> None:
             _put_first(target.op, kept[target.op][-1], context)
     record.put(tuned_us={part: 1e6 * parts.seconds(part) for part in parts.of(targets)})
     found = {"device": name, "measured": "bench/gpu_check.py --tune"}
-    text = json.dumps(found | {op: entries[::-1] for op, entries in kept.items() if entries}, indent=1)
+    text = json.dumps(found | _in_front(kept, table_path(name)), indent=1)
     (context.out / table_path(name).name).write_text(text + "\n")
     if not context.dry:
         table_path(name).write_text(text + "\n")
     record.put(table_text=f"{sum(map(len, kept.values()))} entries in {table_path(name).name}")
+
+
+def _in_front(kept: dict[str, list[Config]], path: Path) -> dict[str, list[Config]]:
+    """What was found, the last one first, and behind it what the device's table says of other calls."""
+    before = json.loads(path.read_text()) if path.exists() else {}
+    merged: dict[str, list[Config]] = {}
+    for op in dict.fromkeys((*kept, *(op for op, entries in before.items() if isinstance(entries, list)))):
+        found = kept.get(op, [])[::-1]
+        calls = [_call_of(entry) for entry in found]
+        others = [entry for entry in before.get(op, []) if _call_of(entry) not in calls]
+        if found or others:
+            merged[op] = [*found, *others]
+    return merged
+
+
+def _call_of(entry: Config) -> Config:
+    """The sizes of the calls that an entry serves."""
+    return {name: value for name, value in entry.items() if name != "config"}
 
 
 def _of_few_layers(context: Context) -> Context:
@@ -128,14 +146,14 @@ def all_targets(context: Context) -> list[Target]:
     both = (f"listening at {history}", f"text at {history}")
     deep = () if context.dry else ("listening at 4096",)
     rows = context.config.chunk_rows
-    found = [
+    order = ("decoder gate_up", "decoder down", "decoder out", "decoder qkv")
+    found = [_linear(name, 16, rows, both, context) for name in order]
+    order = ("encoder fc1", "encoder fc2", "encoder qkv", "encoder out")
+    found += [_linear(name, 32, context.config.chunk_frames // 2, ("encoder",), context) for name in order]
+    found += [
         _attention("attention of a listener", rows, 4 * rows, (both[0], *deep), FEW_ROWS, context),
         _attention("attention of a speaker", 1, 4, (both[1],), ONE_ROW, context),
     ]
-    order = ("decoder gate_up", "decoder down", "decoder out", "decoder qkv")
-    found += [_linear(name, 16, rows, both, context) for name in order]
-    order = ("encoder fc1", "encoder fc2", "encoder qkv", "encoder out")
-    found += [_linear(name, 32, context.config.chunk_frames // 2, ("encoder",), context) for name in order]
     fp8 = tuple(f"{part}, fp8" for part in both)
     found += [_quantised(name, fp8, context) for name in ("decoder gate_up", "decoder down", "decoder qkv")]
     if context.dry:
@@ -165,9 +183,10 @@ ATTENDING = (
     "BLOCK_ROWS", "BLOCK_SLOTS", "warps", "stages", "max_splits", "least_steps", "programs_per_processor",
 )  # fmt: skip
 FEW_ROWS = (
+    (32, 64, 8, 3, 32, 2, 2), (64, 64, 8, 3, 32, 2, 2), (32, 64, 4, 3, 16, 4, 2), (32, 128, 8, 2, 32, 1, 2),
     (16, 128, 4, 1, 32, 1, 2), (32, 64, 4, 3, 32, 2, 2), (64, 64, 4, 2, 32, 1, 2), (128, 64, 8, 2, 32, 1, 2),
     (32, 64, 4, 3, 64, 1, 2), (32, 64, 4, 2, 64, 1, 4), (16, 128, 4, 1, 64, 1, 4), (16, 64, 4, 3, 64, 1, 2),
-    (64, 64, 4, 3, 32, 1, 2), (32, 128, 4, 2, 32, 1, 2), (64, 128, 8, 2, 32, 1, 2),
+    (64, 64, 4, 3, 32, 1, 2), (64, 128, 8, 2, 32, 1, 2),
 )  # fmt: skip
 ONE_ROW = (
     (16, 64, 4, 2, 32, 1, 2), (16, 64, 4, 3, 32, 1, 2), (16, 128, 4, 1, 32, 1, 2), (16, 128, 8, 1, 32, 1, 2),
@@ -176,19 +195,19 @@ ONE_ROW = (
 
 
 MULTIPLYING = ("BLOCK_OUT", "channels", "BLOCK_DEPTH", "warps", "stages", "max_splits")
-# Each with some `prefetch_kb`. Channels deal tiles out evenly over 132 processors.
-PREFETCHES = (0, 16, 32)
+# Each with some `prefetch_kb`: none was never best. Channels deal tiles out evenly over 132 processors.
+PREFETCHES = (16, 32)
 BLOCKS = {
-    "decoder gate_up": ((32, 32, 128, 4, 4, 1), (32, 28, 128, 4, 4, 1), (32, 28, 128, 4, 3, 1),
-                        (32, 28, 64, 4, 6, 1), (64, 42, 64, 4, 4, 1)),
-    "decoder down": ((64, 64, 128, 4, 4, 16), (64, 63, 128, 4, 4, 8), (64, 64, 128, 4, 3, 12),
-                     (64, 63, 128, 4, 3, 12), (128, 125, 64, 4, 4, 16)),
+    "decoder gate_up": ((32, 32, 128, 4, 4, 1), (32, 28, 128, 4, 4, 1), (32, 28, 128, 2, 4, 1),
+                        (32, 28, 128, 2, 3, 1), (32, 32, 128, 2, 4, 1), (32, 28, 64, 2, 6, 1)),
+    "decoder down": ((64, 64, 128, 4, 4, 16), (64, 63, 128, 4, 4, 8), (64, 64, 256, 4, 3, 8),
+                     (64, 63, 128, 4, 5, 8)),
     "decoder out": ((64, 64, 128, 4, 4, 16), (64, 64, 64, 4, 6, 8), (32, 32, 128, 4, 4, 4),
-                    (64, 64, 256, 4, 3, 2)),
+                    (64, 64, 256, 4, 3, 2), (16, 16, 256, 2, 4, 1)),
     "decoder qkv": ((64, 64, 128, 4, 4, 16), (32, 32, 256, 4, 4, 1), (32, 32, 128, 4, 4, 2),
-                    (32, 20, 256, 4, 4, 1)),
+                    (32, 20, 256, 4, 4, 1), (32, 20, 256, 2, 4, 1)),
     "encoder fc1": ((64, 64, 128, 4, 3, 16), (16, 16, 128, 4, 6, 1), (32, 32, 256, 4, 4, 1),
-                    (32, 20, 256, 4, 4, 1), (32, 20, 128, 4, 6, 1)),
+                    (32, 20, 256, 2, 4, 1), (32, 20, 128, 2, 6, 1)),
     "encoder fc2": ((64, 64, 128, 4, 3, 16), (32, 32, 256, 4, 4, 4), (32, 32, 128, 4, 6, 4),
                     (32, 20, 256, 4, 4, 2), (32, 30, 256, 4, 4, 6)),
     "encoder qkv": ((64, 64, 128, 4, 3, 16), (32, 32, 256, 4, 4, 1), (16, 16, 128, 4, 6, 1),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -19,23 +19,43 @@ from fastloop.config import published_3b
 from fastloop.ops import REGISTRY
 from fastloop.ops.triton import kernel
 from fastloop.testing.op_cases import Case
-from fastloop.triton_kernels.calls import CALLS, made_on
+from fastloop.triton_kernels.calls import BATCHES, CALLS, LINEAR, made_on
 from gpu import tune
 from gpu.parity import small_checks
 from gpu.record import Context
 from gpu.sanitized import calls
 
 HERE = Path()
+ROWS = (32, 64, 128, 208, 416, 832, 1664, 3328, 6656, 13312)  # of captured steps of up to 1,000 listeners
+MOST_DRAWS = 1024
+CHUNKS = (2, 4, 8, 16, 32, 64)  # of captured passes of the encoder
 CONTEXT = Context("cuda", False, published_3b(), torch.bfloat16, HERE, HERE, 0.0, {})
 
 
 def jobs() -> list[Callable[[], object]]:
-    """Calls of the model's dims on zeros, then the small cases of every op."""
+    """Calls of the model's dims on zeros, for one stream and for many, then the small cases of every op."""
     found: list[Callable[[], object]] = [call for named in CALLS.values() for call in named.values()]
+    found += in_batches()
     found += [functools.partial(_made, op, case) for op, case in calls(torch.Generator().manual_seed(1))]
     for op, _, make in small_checks(CONTEXT):
         found += [functools.partial(_made, op, case) for case in make(torch.Generator().manual_seed(1))]
     return found
+
+
+def in_batches() -> Iterator[Callable[[], object]]:
+    """What captured steps of many streams call, where kernels differ by how many there are."""
+    for rows in ROWS:
+        for name, call in LINEAR.items():
+            if name.startswith("decoder") and (rows <= MOST_DRAWS or not name.endswith("head")):
+                yield functools.partial(call, rows)
+        yield functools.partial(BATCHES["decide"], rows // 13)
+    for rows in (16, 32, 64):
+        yield functools.partial(BATCHES["paged_attention"], rows)
+    for chunks in CHUNKS:
+        for name, call in LINEAR.items():
+            if name.startswith("encoder"):
+                yield functools.partial(call, (10 if name.endswith("proj") else 20) * chunks)
+        yield functools.partial(BATCHES["conv_stem"], chunks)
 
 
 def _made(op: str, case: Case) -> None:
