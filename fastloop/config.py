@@ -59,6 +59,14 @@ def _positive_number(instance: Any, *names: str) -> None:
         )
 
 
+def _share(instance: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(instance, name)
+        where = f"{type(instance).__name__}.{name}"
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        _require(number and 0 <= value <= 1, where, f"must be between 0 and 1, got {value!r}")
+
+
 def _text(instance: Any, *names: str) -> None:
     for name in names:
         value = getattr(instance, name)
@@ -232,10 +240,12 @@ class ModelConfig:
     decoder: DecoderConfig = field(metadata={"cls": DecoderConfig})
     tokens: TokenIds = field(metadata={"cls": TokenIds})
     system_prompt: str = ""
+    threshold: float = 0.5  # p(respond) above which it responds where a session names none; 0.5: the argmax
     chunk_frames: int = 40  # mel frames in a listening chunk: 0.4 s
 
     def __post_init__(self) -> None:
         _text(self, "name", "system_prompt")
+        _share(self, "threshold")
         _positive(self, "chunk_frames")
         _require(
             self.chunk_frames % FRAMES_PER_TOKEN == 0,

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .config import ModelConfig
 from .decoder import Decoder
 from .ops.decide import NONFINITE, RESPOND, SILENT, VOID
 from .options import DecisionPolicy
@@ -32,9 +33,9 @@ class DecisionState:
         self.policy = torch.zeros(slots, 3, dtype=torch.float32, device=device)
         self.state = torch.zeros(slots, 2, dtype=torch.int32, device=device)
 
-    def reset(self, slot: int, policy: DecisionPolicy, chunk_seconds: float) -> None:
+    def reset(self, slot: int, policy: DecisionPolicy, model: ModelConfig) -> None:
         """A fresh session in `slot`: armed, and as if no response had ever been given."""
-        self.policy[slot] = torch.tensor(policy.row(chunk_seconds))
+        self.policy[slot] = torch.tensor(policy.row(model))
         self.state[slot] = torch.tensor([2**30, 1], dtype=torch.int32)
 
 

@@ -43,7 +43,7 @@ class PlainLoop:
         self.units: list[int] = []  # positions of each kept unit
         self.mel = MelState.empty(1)
         self.decisions = DecisionState(1)
-        self.decisions.reset(0, self.config.policy, model.config.chunk_seconds)
+        self.decisions.reset(0, self.config.policy, model.config)
         self.banned = banned_tokens(model.config)
         self.pending: list[int] = []
         self.chunks = 0

@@ -37,25 +37,28 @@ _NUMBER = (int, float)
 
 @dataclass(frozen=True)
 class DecisionPolicy:
-    """When p(respond) becomes a response. The default is the argmax of the two control logits.
+    """When p(respond) becomes a response. The default is what the checkpoint says.
 
-    threshold: respond when p(respond) is above it (0..1).
+    threshold: respond when p(respond) is above it (0..1; 0.5 is the argmax of the two control logits). None
+        takes the checkpoint's own.
     rearm: hysteresis: after a response, p(respond) must first fall to it (1: no hysteresis).
     min_gap_s: least stream time between two responses, seconds.
     """
 
-    threshold: float = 0.5
+    threshold: float | None = None
     rearm: float = 1.0
     min_gap_s: float = 0.0
 
     def __post_init__(self) -> None:
-        _range("DecisionPolicy", "threshold", self.threshold, 0, 1, _NUMBER)
+        if self.threshold is not None:
+            _range("DecisionPolicy", "threshold", self.threshold, 0, 1, _NUMBER)
         _range("DecisionPolicy", "rearm", self.rearm, 0, 1, _NUMBER)
         _range("DecisionPolicy", "min_gap_s", self.min_gap_s, 0, 86_400, _NUMBER)
 
-    def row(self, chunk_seconds: float) -> tuple[float, float, float]:
+    def row(self, model: ModelConfig) -> tuple[float, float, float]:
         """The row of the op `decide`: (threshold, rearm, min_gap in chunks)."""
-        return self.threshold, self.rearm, math.ceil(self.min_gap_s / chunk_seconds - 1e-9)
+        threshold = model.threshold if self.threshold is None else self.threshold
+        return threshold, self.rearm, math.ceil(self.min_gap_s / model.chunk_seconds - 1e-9)
 
 
 @dataclass(frozen=True)

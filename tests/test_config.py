@@ -67,6 +67,8 @@ def test_json_that_is_no_config(text: str) -> None:
         (lambda v: v["decoder"].update(rope_base=float("inf")), r"^DecoderConfig\.rope_base: must be"),
         (lambda v: v["tokens"].update(user=1.5), r"^TokenIds\.user: must be a non-negative integer"),
         (lambda v: v["tokens"].update(user=512), r"^ModelConfig\.tokens\.user: id 512 is outside the"),
+        (lambda v: v.update(threshold=1.5), r"^ModelConfig\.threshold: must be between 0 and 1, got 1\.5"),
+        (lambda v: v.update(threshold=True), r"^ModelConfig\.threshold: must be between 0 and 1, got True"),
         (lambda v: v["tokens"]["emotions"].update(sad=True), r"^TokenIds\.emotions\.sad: must be"),
         (lambda v: v["tokens"].update(keep_silence=v["tokens"]["text_begin"]), "must be two tokens"),
     ],
@@ -132,9 +134,11 @@ def test_options_cannot_be_changed_afterwards(kind: Any) -> None:
 
 def test_gaps_and_windows_are_whole_chunks() -> None:
     model = small()
-    rows = {DecisionPolicy(min_gap_s=gap).row(0.4)[2] for gap in (0.41, 0.8)}
-    assert rows == {2} and DecisionPolicy(min_gap_s=0.4).row(0.4)[2] == 1
-    assert DecisionPolicy().row(0.4) == (0.5, 1.0, 0)
+    rows = {DecisionPolicy(min_gap_s=gap).row(model)[2] for gap in (0.41, 0.8)}
+    assert rows == {2} and DecisionPolicy(min_gap_s=0.4).row(model)[2] == 1
+    assert DecisionPolicy().row(model) == (0.5, 1.0, 0)
+    own = dataclasses.replace(model, threshold=0.7)
+    assert DecisionPolicy().row(own)[0] == 0.7 and DecisionPolicy(0.2).row(own)[0] == 0.2
     tokens = {window: SessionConfig(window_s=window).window_tokens(model) for window in (0.1, 0.4, 0.5, 60.0)}
     assert tokens == {0.1: 13, 0.4: 13, 0.5: 26, 60.0: 1950}
     assert SessionConfig(window_s=None).window_tokens(model) is None

@@ -14,9 +14,7 @@ order, so that a result does not depend on which block came last and no counter 
 What was tried in whole steps on an H100 and is not here (bench/GPU.md): norming x in every program that
 reads it, 6 % slower (the encoder 43 %), for all of them repeat the arithmetic; norming the result in the
 pass that adds the splits, as fast (the encoder 9 % slower), for there are fewer rows than tiles to share it;
-asking L2 for the next weights in a branch of the graph, as fast at best, for the branch costs what it saves.
-As kernels overlap, their number does not count, but how long each one makes the next one wait: of 74 us
-a layer 51 are gate, up and down, 10 attention and its combine, 13 the six others.
+asking L2 for the next weights in a branch of the graph, as fast at best.
 
 The same kernels read quantised weights (triton_kernels/linear_quantised.py), widened to x's dtype.
 """

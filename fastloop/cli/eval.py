@@ -31,7 +31,9 @@ ModelName = Annotated[str, typer.Option(help="A packaged model, or a checkpoint 
 Out = Annotated[Path | None, typer.Option(help="Directory for the JSON files and the plot.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16: what is computed in.")]
 Sessions = Annotated[int, typer.Option(help="Streams side by side.")]
-Threshold = Annotated[float, typer.Option(help="Respond when p(respond) is above it.")]
+Threshold = Annotated[
+    float | None, typer.Option(help="Respond when p(respond) is above it; without it, as the model says.")
+]
 Device = Annotated[str, typer.Option(help="cpu, or cuda.")]
 Threads = Annotated[int, typer.Option(help="CPU threads; 0: as many as there are cores.")]
 
@@ -47,7 +49,7 @@ def streams_command(
     split: Annotated[str, typer.Option(help="Of the streams: val, train, or all.")] = "val",
     limit: Annotated[int, typer.Option(min=0, help="Only the first so many streams; 0: all.")] = 0,
     sessions: Sessions = 16,
-    threshold: Threshold = 0.5,
+    threshold: Threshold = None,
     window: Annotated[float, typer.Option(help="Seconds of sound that the model looks back on.")] = 60.0,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -75,7 +77,7 @@ def streams_command(
         pairs = read_truth(manifest, None if split == "all" else split, skipped.append, limit)
         _make_folder(out)
         _report_skipped("streams", skipped)
-        how = Hearing(sessions=sessions, threshold=threshold, window_s=window)
+        how = Hearing(sessions=sessions, threshold=_own(threshold, loaded), window_s=window)
         names, sounds = [stream.id for stream, _ in pairs], [pcm for _, pcm in pairs]
         file = None if out is None else out / "streams.answers.jsonl"
         began = time.monotonic()
@@ -112,7 +114,7 @@ def proactive_command(
     tier: Annotated[str, typer.Option(help="single: every sound alone; multi: four in a stream.")] = "single",
     prompt: Annotated[str | None, typer.Option(help="System prompt; else the model's own.")] = None,
     sessions: Sessions = 16,
-    threshold: Threshold = 0.5,
+    threshold: Threshold = None,
     dtype: Dtype = "float32",
     device: Device = "cpu",
     threads: Threads = 0,
@@ -140,7 +142,7 @@ def proactive_command(
             raise BenchmarkError(f"{audio}: none of the {len(items)} sounds is there")
         _make_folder(out)
         loaded = _load(model, dtype, device, threads)
-        how = Hearing(sessions=sessions, threshold=threshold, system_prompt=prompt)
+        how = Hearing(sessions=sessions, threshold=_own(threshold, loaded), system_prompt=prompt)
         chosen = [items[i] for i in usable]
         streams = -(-len(chosen) // (1 if tier == "single" else proactive.TOGETHER))
         with _bar("streams", streams) as show:
@@ -188,7 +190,7 @@ def offline_command(
     limit: Annotated[int, typer.Option(min=0, help="Only the first so many clips; 0: all.")] = 0,
     sessions: Sessions = 16,
     tokens: Annotated[int, typer.Option(help="Most tokens of a response.")] = 256,
-    threshold: Threshold = 0.5,
+    threshold: Threshold = None,
     window: Annotated[float, typer.Option(help="streaming: seconds that the model looks back on.")] = 60.0,
     dtype: Dtype = "float32",
     device: Device = "cpu",
@@ -216,11 +218,11 @@ def offline_command(
         chosen = BENCHMARKS[benchmark]
         if judge and chosen.kind not in (ANSWER, OPEN):
             raise ConfigError(f"--judge: {benchmark} is scored without one")
-        hearing = Hearing(sessions, window, threshold, prompt, tokens)
         speaker = str(spoken or voices.version()) if benchmark == "mmau-spoken" else None
         asked = chosen.instruction if instruction is None else instruction or None
-        how = offline.How(mode, hearing, asked, speaker)
         loaded = _load(model, dtype, device, threads)
+        hearing = Hearing(sessions, window, _own(threshold, loaded), prompt, tokens)
+        how = offline.How(mode, hearing, asked, speaker)
         stem, skipped = out / f"{benchmark}-{mode}", list[str]()
         with _bar("clips", len(items)) as show:
             said = offline.answer(
@@ -304,6 +306,11 @@ def _load(name: str, dtype: str, device: str, threads: int) -> Model:
         )
     torch.set_num_threads(cpu_threads(threads))
     return load(name, dtype=dtype, device=device)
+
+
+def _own(threshold: float | None, model: Model) -> float:
+    """The threshold that was asked for, or the model's, so that a report names it."""
+    return model.config.threshold if threshold is None else threshold
 
 
 def _report_skipped(command: str, problems: list[str]) -> None:

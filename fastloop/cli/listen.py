@@ -63,9 +63,8 @@ _OFFLINE = f"Take the whole clip (at most {OFFLINE_SECONDS:g} s) at once and ans
 Offline = Annotated[bool, _flag("--offline", _OFFLINE)]
 _QUESTION = "With --offline: a question about the clip."
 Question = Annotated[str | None, typer.Option(metavar="QUESTION", help=_QUESTION)]
-Threshold = Annotated[
-    float, _option(DECISIONS, "Respond when p(respond) is above it.", metavar="P", min=0, max=1)
-]
+_THRESHOLD = "Respond when p(respond) is above it; without it, as the model says."
+Threshold = Annotated[float | None, _option(DECISIONS, _THRESHOLD, metavar="P", min=0, max=1)]
 _REARM = "After a response, p(respond) must first fall to it."
 Rearm = Annotated[float, _option(DECISIONS, _REARM, metavar="P", min=0, max=1)]
 MinGap = Annotated[float, _option(DECISIONS, "Least time between responses.", metavar="S", min=0, max=86_400)]

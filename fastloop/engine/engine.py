@@ -179,8 +179,7 @@ class Engine:
         self._prefixes[ids] = prefix
         slot = self._free_slots.pop()
         self.runner.open(slot)
-        policy, seconds = config.policy, self.model.config.chunk_seconds
-        self.runner.prepare("open", lambda: self._decisions.reset(slot, policy, seconds))
+        self.runner.prepare("open", lambda: self._decisions.reset(slot, config.policy, self.model.config))
         kv = KVSequence(self.cache, lease, prefix.pages, prefix.length)
         stream = Stream(
             self.model, self._next_id, slot, config, kv, lambda: self._fail(session), clock=self.clock

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
-from .dispatch import BackendError, Limits, Op
+from .dispatch import BackendError, Limits, Op, Refuses
 
 MISSING = "triton is not installed; pip install triton (Linux, a CUDA GPU)"
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -34,6 +34,15 @@ TAKES: dict[str, Limits] = {  # op -> the dtypes that its kernel has code for
 
 
 DEFAULTS = (*TAKES, "mel")  # on GPUs, for the calls that "cuda" does not serve
+FEW_ROWS = 64  # of `linear`: from there on cuBLAS is as fast, for then it is products that take the time
+
+
+def _has_many_rows(arguments: Mapping[str, Any]) -> str:
+    rows = len(arguments["x"])
+    return "" if rows <= FEW_ROWS else f"{rows} rows, up to {FEW_ROWS} it is faster"
+
+
+LEAVES: dict[str, Refuses] = {"linear": _has_many_rows}  # op -> the calls that torch is faster for
 
 
 @functools.cache
@@ -54,7 +63,8 @@ def register_triton(ops: Iterable[Op[..., Any]]) -> None:
     for op in ops:
         if found:
             run, takes = functools.partial(_call, op.name), TAKES.get(op.name, {})
-            op.register("triton", run, default_on="cuda" if op.name in DEFAULTS else "", takes=takes)
+            default = "cuda" if op.name in DEFAULTS else ""
+            op.register("triton", run, default_on=default, takes=takes, leaves=LEAVES.get(op.name))
         else:
             op.unavailable["triton"] = MISSING
 

@@ -31,11 +31,13 @@ class Answer:
 
 @dataclass(frozen=True)
 class Hearing:
-    """How sounds are listened to. window_s None: all is remembered; most_tokens: of one response."""
+    """How sounds are listened to. window_s None: all is remembered; threshold None: the checkpoint's own;
+    most_tokens: of one response.
+    """
 
     sessions: int = 16
     window_s: float | None = 60.0
-    threshold: float = 0.5
+    threshold: float | None = None
     system_prompt: str | None = None
     most_tokens: int = 64
 

@@ -127,7 +127,7 @@ class World:
             pool.normal_(generator=generator)
         self.decisions = DecisionState(SESSIONS + 1)
         for slot in range(SESSIONS):
-            self.decisions.reset(slot, DecisionPolicy(0.45), MODEL.chunk_seconds)
+            self.decisions.reset(slot, DecisionPolicy(0.45), MODEL)
         self.runner = kind(model, self.cache, self.decisions, MelState.empty(SESSIONS + 2 * SPARE_STREAMS))
 
 

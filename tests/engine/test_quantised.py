@@ -106,7 +106,7 @@ class World:
             pool.copy_(torch.randn(pool.shape, generator=generator))
         self.decisions = DecisionState(SESSIONS + 1, model.device)
         for slot in range(SESSIONS):
-            self.decisions.reset(slot, DecisionPolicy(0.45), MODEL.chunk_seconds)
+            self.decisions.reset(slot, DecisionPolicy(0.45), MODEL)
         mel = MelState.empty(SESSIONS + 2 * SPARE_STREAMS, model.device)
         self.runner = kind(model, self.cache, self.decisions, mel)
 

@@ -46,7 +46,7 @@ class World:
             pool.normal_(generator=generator)
         decisions = DecisionState(SESSIONS + 1)
         for slot in range(SESSIONS):
-            decisions.reset(slot, DecisionPolicy(threshold=0.4 + slot % 3 / 10), MODEL.chunk_seconds)
+            decisions.reset(slot, DecisionPolicy(threshold=0.4 + slot % 3 / 10), MODEL)
         last = torch.zeros(SESSIONS + 1, dtype=torch.int64)
         step = DeviceStep(model, cache, decisions, banned_tokens(MODEL), last)
         buffers = StepBuffers.allocate(bucket, SESSIONS, MODEL.decoder.width, torch.float32, CPU)

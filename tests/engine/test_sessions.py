@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastloop.checkpoint import Model
+from fastloop.config import small
 from fastloop.engine import Engine
 from fastloop.errors import CapacityError, FastloopError, SessionClosedError
+from fastloop.events import Decision
 from fastloop.options import DecisionPolicy, EngineConfig, Sampling, SessionConfig
 from fastloop.testing.cases import random_model, random_sound
 from fastloop.testing.drive import Script, chances, comparable, expected, lively_policy, run_engine
@@ -37,6 +39,20 @@ def check_clean(engine: Engine) -> None:
     engine.check()
     assert engine.cache.allocator.used == 0, "closing every session must free every page"
     assert engine.cache.allocator.promised == 0
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "responds"), [(0.0, None, True), (1.0, None, False), (1.0, 0.0, True)]
+)
+def test_without_a_threshold_the_checkpoint_says_when(
+    own: float, asked: float | None, responds: bool
+) -> None:
+    model = random_model(dataclasses.replace(small(), threshold=own))
+    script = Script(SessionConfig(policy=DecisionPolicy(asked), max_response_tokens=2), random_sound(1.2))
+    (heard,) = run_engine(Engine(model, EngineConfig(max_sessions=1)), [script])
+    decisions = [event.decision for event in heard if isinstance(event, Decision)]
+    assert decisions == ["respond" if responds else "silent"] * 3
+    assert comparable(heard) == comparable(expected(model, script))
 
 
 # ---- isolation ---------------------------------------------------------------------------------------

@@ -89,6 +89,8 @@ def test_each_call_is_served_by_what_is_fastest_for_it(missing: str, monkeypatch
         assert (
             served("linear_quantised", cases.linear_quantised_case(seeded(1), kind=kind, **small)) == wanted
         )
+    for rows, wanted in ((1, "triton"), (64, "triton"), (65, "reference")):
+        assert served("linear", cases.linear_case(seeded(1), rows=rows, dtype=torch.bfloat16)) == wanted
     assert served("mel", cases.mel_case(seeded(1))) == first
     decide = cases.CASES["decide"](seeded(1))[0]
     assert served("decide", decide) == "triton"
