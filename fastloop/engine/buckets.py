@@ -10,6 +10,7 @@ nobody reads it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -95,6 +96,18 @@ def chunks_bucket(chunks: int) -> int:
     if not 1 <= chunks <= MOST_CHUNKS:
         raise ValueError(f"chunks_bucket: a pass has 1 to {MOST_CHUNKS} chunks, got {chunks}")
     return _doubled(1, chunks)
+
+
+def buckets_of(sessions: int, chunk_rows: int, listening_rows: int, pages: int) -> Iterator[Bucket]:
+    """Every bucket that steps of up to so many sessions fall into, where each has one chunk of `chunk_rows`
+    rows or one token, and no more than `pages` pages.
+    """
+    largest = rows_bucket(sessions * chunk_rows)
+    for rows in itertools.takewhile(lambda size: size <= largest, _row_sizes()):
+        draws, most = [0, LEAST_DRAWS], min(rows, _doubled(LEAST_DRAWS, sessions))
+        while draws[-1] < most:
+            draws.append(min(most, 2 * draws[-1]))
+        yield from (Bucket(rows, max(1, rows // listening_rows), count, pages) for count in draws)
 
 
 def _row_sizes() -> Iterator[int]:

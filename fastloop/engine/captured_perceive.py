@@ -70,6 +70,15 @@ class CapturedPerceive:
         """The buckets of streams and those of chunks that have graphs so far."""
         return sorted({streams for streams, _, _ in self._ears}), sorted(self._encoders)
 
+    def warm_up(self, streams: int) -> None:
+        """Capture what rounds of up to so many streams make, with edge="reflect"."""
+        chunks = 1
+        while chunks <= chunks_bucket(min(streams, MOST_CHUNKS)):
+            for turn in range(2):
+                self._ear(chunks, turn, "reflect", self._model.config.chunk_samples)
+            self._encoder(chunks)
+            chunks *= 2
+
     def release(self) -> None:
         """Free the graphs and their buffers; nothing is on its way."""
         self._ears.clear()

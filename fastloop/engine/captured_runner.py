@@ -21,7 +21,7 @@ from ..checkpoint import Model
 from ..decision import DecisionState
 from ..mel import MelState
 from . import streams as schedule
-from .buckets import Bucket, bucket_of, least_pages
+from .buckets import Bucket, bucket_of, buckets_of, least_pages
 from .captured_perceive import CapturedPerceive
 from .device_step import DeviceStep
 from .graphs import Graph, Graphs
@@ -139,6 +139,17 @@ class CapturedRunner(EagerRunner):
         results: list[StepResult] = []
         schedule.collect(self._streams, turn, lambda: results.append(buffers.result(batch)))
         return results[0]
+
+    def warm_up(self, sessions: int) -> None:
+        """Capture the steps of up to so many sessions, each with one chunk or one token, whose contexts are
+        as long as the least bucket of pages (2,048 slots on a GPU), and what they hear (edge="reflect").
+        """
+        self.settle("warm up", lambda: None)
+        config = self.model.config
+        for bucket in buckets_of(sessions, config.chunk_rows, config.chunk_tokens + 2, self._least_pages):
+            for turn in range(2):
+                self._set(bucket, turn)
+        self._perceive.warm_up(sessions)
 
     def release(self) -> None:
         """The graphs and their buffers. An engine that was dropped is cycles of garbage, which any thread may

@@ -108,6 +108,9 @@ class Runner(Protocol):
     def collect(self) -> StepResult:
         """The result of the oldest step that was submitted and not collected."""
 
+    def warm_up(self, sessions: int) -> None:
+        """Make now what steps of up to so many sessions would make when they first occur."""
+
     def release(self) -> None:
         """Free at once what a later step would make again. Every step has been collected."""
 
@@ -202,6 +205,8 @@ class EagerRunner:
 
     def collect(self) -> StepResult:
         return self._results.popleft()
+
+    def warm_up(self, sessions: int) -> None: ...
 
     def release(self) -> None:
         pass

@@ -132,9 +132,10 @@ def run_live(
 def warm_up(
     engine: Engine, sessions: Sequence[Session], load: Load, sleep: Callable[[float], object] = time.sleep
 ) -> None:
-    """Few sessions, then more, then all, four chunks each: what is captured or compiled at a first call is
-    there afterwards.
+    """All that the engine can make ahead; then few sessions, then more, then all, four chunks each, for what
+    it makes at a first call besides.
     """
+    engine.warm_up(len(sessions))
     brief = dataclasses.replace(load, seconds=4 * engine.model.config.chunk_seconds)
     for share in (0.02, 0.1, 0.4, 1.0):
         run_live(engine, sessions[: max(1, round(share * len(sessions)))], brief, sleep)

@@ -23,6 +23,7 @@ from fastloop.engine.recorder import CaptureError
 from fastloop.engine.runner import EagerRunner, StepBatch, StepResult
 from fastloop.engine.stream_simulation import BlockingStreams, hazards
 from fastloop.engine.streams import STATE, Streams
+from fastloop.events import ResponseText
 from fastloop.mel import MelState
 from fastloop.options import DecisionPolicy, EngineConfig, Sampling, SessionConfig
 from fastloop.testing.cases import random_model, random_sound
@@ -155,6 +156,49 @@ def test_two_steps_on_their_way_are_what_one_by_one_is(model: Model, seed: int, 
         assert_same(got, eager.runner.step(batch))
     assert torch.equal(captured.decisions.state[:SESSIONS], eager.decisions.state[:SESSIONS])
     assert torch.allclose(captured.cache.k_pages, eager.cache.k_pages, atol=1e-5)
+
+
+@pytest.mark.parametrize("sessions", [1, 3])
+def test_after_a_warm_up_nothing_is_captured_any_more(model: Model, sessions: int) -> None:
+    """Of sessions that listen and speak; and it leaves no trace in what they hear."""
+    config = SessionConfig(policy=lively_policy(model), max_response_tokens=5, speculative_chunks=1)
+    scripts = [Script(config, random_sound(1.6, seed=i), push_samples=6400) for i in range(sessions)]
+    heard = []
+    for warm in (False, True):
+        engine = Engine(model, EngineConfig(max_sessions=sessions, page_tokens=64, runner="captured"))
+        runner = engine.runner
+        assert isinstance(runner, CapturedRunner)
+        if warm:
+            engine.warm_up()
+            sets, perceived = set(runner._sets), runner._perceive.captured
+        heard.append([comparable(events) for events in run_engine(engine, scripts)])
+        if warm:
+            assert set(runner._sets) == sets and runner._perceive.captured == perceived
+            assert perceived == ([1], [1]) if sessions == 1 else perceived == ([1, 2, 4], [1, 2, 4])
+    assert heard[0] == heard[1] and any(isinstance(e, ResponseText) for events in heard[1] for e in events)
+
+
+def test_a_warm_up_in_the_middle_of_a_stream_leaves_no_trace(model: Model) -> None:
+    heard = []
+    for warm in (False, True):
+        engine = Engine(model, EngineConfig(max_sessions=2, page_tokens=16, runner="captured"))
+        session = engine.open(SessionConfig(policy=DecisionPolicy(0.45), max_response_tokens=5))
+        for number, chunk in enumerate(random_sound(2.0, seed=4).reshape(5, -1)):
+            session.push(chunk)
+            engine.step()
+            if warm and number == 2:
+                engine.warm_up(2)
+        engine.run_until_idle()
+        heard.append(comparable(session.poll()))
+    assert heard[0] == heard[1] and heard[0]
+
+
+def test_a_warm_up_is_for_sessions_that_fit(model: Model) -> None:
+    engine = Engine(model, EngineConfig(max_sessions=2))
+    for count in (0, 3, -1):
+        with pytest.raises(ValueError, match=r"^Engine\.warm_up: sessions must be 1 to 2"):
+            engine.warm_up(count)
+    engine.warm_up(1)  # by whichever runner
 
 
 def test_a_bucket_is_captured_once_for_each_turn(model: Model) -> None:
