@@ -21,10 +21,11 @@ import torch
 from .runner import StepBatch
 
 # One listener has 12 or 13 rows, which one tile of 16 holds; 64 is where the skinny `linear` ends, 128 where
-# two of its tiles do. 208 = 16 x 13 is the cohort of listeners from which on the weights no longer dominate,
-# and each further bucket is twice as large. Behind 16 rows at most half of a bucket is padding, and up to 64
-# rows padding costs next to nothing, because the weights are the traffic there.
-ROWS = (16, 32, 64, 128, 208)
+# two of its tiles do. Up to there padding costs next to nothing, because the weights are the traffic. From
+# the cohort of 208 = 16 x 13 rows on arithmetic decides, so at most a third of a bucket is padding. The last
+# one is a full step (EngineConfig.max_step_rows): 64 chunks, 832 rows, and the tokens of those who speak
+# meanwhile. Only single items are larger, clips, whose buckets double.
+ROWS = (16, 32, 64, 128, 208, 312, 416, 624, 832, 1024)
 LEAST_DRAWS = 16  # rows of the whole vocabulary's head: one tile
 LEAST_PAGES = 8  # columns of the block table
 # On a GPU kernels look at no more columns than a sequence has, and a new bucket is 100 ms of capturing: those
@@ -79,8 +80,8 @@ class Bucket:
 def rows_bucket(rows: int) -> int:
     """The least bucket that holds so many rows: ROWS, then doubling.
 
-    >>> [rows_bucket(n) for n in (1, 13, 17, 129, 209, 417)]
-    [16, 16, 32, 208, 416, 832]
+    >>> [rows_bucket(n) for n in (1, 13, 17, 129, 209, 840, 1025)]
+    [16, 16, 32, 208, 312, 1024, 2048]
     """
     if rows < 1:
         raise ValueError(f"rows_bucket: a step has at least one row, got {rows}")
@@ -98,16 +99,15 @@ def chunks_bucket(chunks: int) -> int:
     return _doubled(1, chunks)
 
 
-def buckets_of(sessions: int, chunk_rows: int, listening_rows: int, pages: int) -> Iterator[Bucket]:
-    """Every bucket that steps of up to so many sessions fall into, where each has one chunk of `chunk_rows`
-    rows or one token, and no more than `pages` pages.
+def buckets_of(rows: int, draws: int, listening_rows: int, pages: int) -> Iterator[Bucket]:
+    """Every bucket that steps of up to so many rows fall into, up to so many of which draw a token, and whose
+    sequences have no more than `pages` pages.
     """
-    largest = rows_bucket(sessions * chunk_rows)
-    for rows in itertools.takewhile(lambda size: size <= largest, _row_sizes()):
-        draws, most = [0, LEAST_DRAWS], min(rows, _doubled(LEAST_DRAWS, sessions))
-        while draws[-1] < most:
-            draws.append(min(most, 2 * draws[-1]))
-        yield from (Bucket(rows, max(1, rows // listening_rows), count, pages) for count in draws)
+    for size in itertools.takewhile(lambda size: size <= rows_bucket(rows), _row_sizes()):
+        counts, most = [0, LEAST_DRAWS], min(size, _doubled(LEAST_DRAWS, draws))
+        while counts[-1] < most:
+            counts.append(min(most, 2 * counts[-1]))
+        yield from (Bucket(size, max(1, size // listening_rows), count, pages) for count in counts)
 
 
 def _row_sizes() -> Iterator[int]:

@@ -140,16 +140,15 @@ class CapturedRunner(EagerRunner):
         schedule.collect(self._streams, turn, lambda: results.append(buffers.result(batch)))
         return results[0]
 
-    def warm_up(self, sessions: int) -> None:
-        """Capture the steps of up to so many sessions, each with one chunk or one token, whose contexts are
-        as long as the least bucket of pages (2,048 slots on a GPU), and what they hear (edge="reflect").
+    def warm_up(self, rows: int, draws: int, streams: int) -> None:
+        """Capture them, for contexts as long as the least bucket of pages (2,048 slots on a GPU) and streams
+        with edge="reflect".
         """
         self.settle("warm up", lambda: None)
-        config = self.model.config
-        for bucket in buckets_of(sessions, config.chunk_rows, config.chunk_tokens + 2, self._least_pages):
+        for bucket in buckets_of(rows, draws, self.model.config.chunk_tokens + 2, self._least_pages):
             for turn in range(2):
                 self._set(bucket, turn)
-        self._perceive.warm_up(sessions)
+        self._perceive.warm_up(streams)
 
     def release(self) -> None:
         """The graphs and their buffers. An engine that was dropped is cycles of garbage, which any thread may

@@ -109,7 +109,8 @@ class Engine:
             )
         with self._step_lock:
             self._collect_all()
-            self.runner.warm_up(count)
+            rows = min(count * self.model.config.chunk_rows, self.config.max_step_rows)
+            self.runner.warm_up(rows, count, min(count, self.config.max_perceive_chunks))
 
     # ---- sessions ------------------------------------------------------------------------------------
 

@@ -108,8 +108,10 @@ class Runner(Protocol):
     def collect(self) -> StepResult:
         """The result of the oldest step that was submitted and not collected."""
 
-    def warm_up(self, sessions: int) -> None:
-        """Make now what steps of up to so many sessions would make when they first occur."""
+    def warm_up(self, rows: int, draws: int, streams: int) -> None:
+        """Make now what would be made when steps of so many rows, so many of which draw a token, and rounds
+        of so many streams first occur.
+        """
 
     def release(self) -> None:
         """Free at once what a later step would make again. Every step has been collected."""
@@ -206,7 +208,7 @@ class EagerRunner:
     def collect(self) -> StepResult:
         return self._results.popleft()
 
-    def warm_up(self, sessions: int) -> None: ...
+    def warm_up(self, rows: int, draws: int, streams: int) -> None: ...
 
     def release(self) -> None:
         pass

@@ -11,8 +11,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastloop.engine.buckets import ROWS, Bucket, bucket_of, clear, least_pages, pad, rows_bucket
+from fastloop.engine.buckets import (
+    ROWS,
+    Bucket,
+    bucket_of,
+    buckets_of,
+    clear,
+    least_pages,
+    pad,
+    rows_bucket,
+)
 from fastloop.engine.runner import StepBatch
+from fastloop.options import EngineConfig
 from fastloop.testing.steps import LISTENING_ROWS, random_batch
 
 SPARE = 99
@@ -29,9 +39,30 @@ def test_rows_bucket_is_the_least_that_holds_them(rows: int) -> None:
     assert size >= rows
     assert rows_bucket(size) == size
     assert size <= max(ROWS[0], 2 * rows), "more than half of it is padding"
+    if 128 < rows <= 1024:
+        assert 2 * size < 3 * rows + 128, "a third of it is padding"
     if size > ROWS[0]:
         smaller = [n for n in range(1, size) if rows_bucket(n) == n]
         assert smaller[-1] < rows
+
+
+def test_a_full_step_is_a_bucket() -> None:
+    """Padded to twice its rows, it took a GPU twice as long (bench/GPU.md)."""
+    most = EngineConfig().max_step_rows
+    assert rows_bucket(most) == most == ROWS[-1]
+
+
+def test_buckets_ahead_are_those_of_the_batches() -> None:
+    """Those of three listeners or speakers at once, in any mixture."""
+    ahead = set(buckets_of(3 * 13, 3, LISTENING_ROWS, 8))
+    rng = np.random.default_rng(3)
+    met = {
+        bucket_of(random_batch(rng, listening, speaking), LISTENING_ROWS)
+        for listening in range(4)
+        for speaking in range(4 - listening)
+        if listening + speaking
+    }
+    assert met <= ahead and {b.draws for b in ahead} == {0, 16} and {b.rows for b in ahead} == {16, 32, 64}
 
 
 def test_block_tables_are_wide_on_gpus_from_the_start() -> None:
