@@ -11,6 +11,7 @@ memory. Other formats are read by `fastloop convert` alone.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import json
@@ -106,9 +107,12 @@ class Model:
     def fingerprint(self) -> str:
         """16 hex digits of config, names, shapes, dtypes and a sample of the values of every tensor.
 
-        The same on every device; another for another dtype, as that changes what the model answers.
+        The same on every device; another for another dtype, as that changes what the model computes. The
+        threshold is no part of it: sessions and reports name theirs.
         """
-        digest = hashlib.sha256(self.config.to_json().encode())
+        config = dataclasses.asdict(self.config)
+        del config["threshold"]
+        digest = hashlib.sha256(json.dumps(config, indent=2, sort_keys=True).encode())
         tensors = {name: tensor.detach() for name, tensor in self.weights.items()}
         for name, matrix in self.quantised.items():
             tensors |= {f"{name}.{matrix.precision}": matrix.values, f"{name}.scale": matrix.scale}

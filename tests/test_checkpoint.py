@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import resource
 import signal
@@ -99,6 +100,8 @@ def test_fingerprint_tells_checkpoints_apart(model: Model) -> None:
     values = json.loads(model.config.to_json()) | {"system_prompt": "another"}
     other = ModelConfig.from_json(json.dumps(values))
     prints.add(Model(other, model.weights, model.tokenizer).fingerprint)
+    answers_later = dataclasses.replace(model.config, threshold=0.9)
+    assert Model(answers_later, model.weights, model.tokenizer).fingerprint == model.fingerprint
     assert len(prints) == 2 + len(model.weights)
 
 

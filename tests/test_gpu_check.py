@@ -325,3 +325,24 @@ tests/b.py::test_four SKIPPED (no flash-attn)    [100%]
     assert found.problems == ["[gw1] [ 50%] FAILED tests/b.py::test_two[cuda-float32]"]
     tests._count_lines("cuda", "importing", 5, found)
     assert found.problems[1] == "tests of cuda: none passed within 5 s: importing"
+
+
+def test_a_second_tuning_keeps_what_the_first_one_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """New entries stand in front, the last found first; they replace those of the same calls alone."""
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    tune = importlib.import_module("gpu.tune")
+    first = {"linear": [{"max_rows": 16, "config": {"a": 1}}, {"max_rows": 32, "config": {"a": 2}}]}
+    file = tmp_path / "table.json"
+    file.write_text(
+        json.dumps({"device": "a GPU", "measured": "before", **first, "sample": [{"config": {}}]})
+    )
+    found = {
+        "linear": [{"max_rows": 16, "config": {"a": 3}}, {"max_rows": 64, "config": {"a": 4}}],
+        "mel": [],
+    }
+    merged = tune._in_front(found, file)
+    kept = [found["linear"][1], found["linear"][0], first["linear"][1]]
+    assert merged == {"linear": kept, "sample": [{"config": {}}]}
+    assert tune._in_front({"mel": []}, tmp_path / "none.json") == {}

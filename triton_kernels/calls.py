@@ -247,6 +247,7 @@ CALLS: dict[str, dict[str, Callable[[], Any]]] = {
 
 BATCHES: dict[str, Callable[[int], Any]] = {  # calls by how many sequences, decisions or chunks they have
     "paged_attention": lambda rows: _paged_attention(rows, rows),
+    "paged_attention, scaled pages": lambda rows: _paged_attention(rows, rows, scaled=True),
     "decide": _decide,
     "conv_stem": _conv_stem,
 }

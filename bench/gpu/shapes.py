@@ -151,6 +151,8 @@ def shapes(config: ModelConfig, dtype: torch.dtype, dry: bool) -> list[Shape]:
     ]  # fmt: skip
     for name, dims in linears(config).items():
         counts = (chunk,) if name.startswith("encoder") else (1,) if name.endswith("head") else (1, rows, 64)
+        if len(counts) > 1:
+            counts += (64 * rows,)  # of as many listeners as are encoded at once
         found += [_linear(name, n, dims, dtype) for n in ((counts[0],) if dry else counts)]
     for name in ("decoder gate_up", "decoder down"):
         dims = linears(config)[name]

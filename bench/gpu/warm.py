@@ -16,8 +16,9 @@ import torch
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from fastloop.config import published_3b
+from fastloop.engine.buckets import ROWS
 from fastloop.ops import REGISTRY
-from fastloop.ops.triton import kernel
+from fastloop.ops.triton import FEW_ROWS, kernel
 from fastloop.testing.op_cases import Case
 from fastloop.triton_kernels.calls import BATCHES, CALLS, LINEAR, made_on
 from gpu import tune
@@ -26,8 +27,7 @@ from gpu.record import Context
 from gpu.sanitized import calls
 
 HERE = Path()
-ROWS = (32, 64, 128, 208, 312, 416, 624, 832, 1024)  # of captured steps
-CHUNKS = (2, 4, 8, 16, 32, 64)  # of captured passes of the encoder
+CHUNKS = (1, 2, 4, 8, 16, 32, 64)  # of captured passes of the encoder
 CONTEXT = Context("cuda", False, published_3b(), torch.bfloat16, HERE, HERE, 0.0, {})
 
 
@@ -42,19 +42,28 @@ def jobs() -> list[Callable[[], object]]:
 
 
 def in_batches() -> Iterator[Callable[[], object]]:
-    """What captured steps of many streams call, where kernels differ by how many there are."""
+    """What captured steps of many streams call, where kernels differ by how many there are: of floats up to
+    the rows behind which torch multiplies, of few bits all, over pages of floats and of float8.
+    """
+    tokens = CONTEXT.config.chunk_tokens + 2
     for rows in ROWS:
-        for name, call in LINEAR.items():
-            if name.startswith("decoder"):
-                yield functools.partial(call, rows)
-        yield functools.partial(BATCHES["decide"], rows // 13)
-    for rows in (16, 32, 64):
-        yield functools.partial(BATCHES["paged_attention"], rows)
+        yield from _products("decoder", rows)
+        yield functools.partial(BATCHES["decide"], max(1, rows // tokens))
+        yield functools.partial(BATCHES["paged_attention, scaled pages"], rows)
+        if rows <= FEW_ROWS:
+            yield functools.partial(BATCHES["paged_attention"], rows)
     for chunks in CHUNKS:
-        for name, call in LINEAR.items():
-            if name.startswith("encoder"):
-                yield functools.partial(call, (10 if name.endswith("proj") else 20) * chunks)
+        yield from _products("encoder", chunks * CONTEXT.config.chunk_frames // 2)
         yield functools.partial(BATCHES["conv_stem"], chunks)
+
+
+def _products(part: str, rows: int) -> Iterator[Callable[[], object]]:
+    for name, call in LINEAR.items():
+        if name.startswith(part):
+            if rows <= FEW_ROWS:
+                yield functools.partial(call, rows)
+            if not name.endswith(("head", "proj")):
+                yield functools.partial(call, rows, weight=torch.float8_e4m3fn)
 
 
 def _made(op: str, case: Case) -> None:

@@ -46,6 +46,10 @@ class AsyncEngine:
             self._thread = threading.Thread(target=self._run, name="fastloop", daemon=True)
             self._thread.start()
 
+    async def warm_up(self, sessions: int | None = None, speakers: int | None = None) -> None:
+        """`Engine.warm_up` without blocking the event loop; sessions wait for it."""
+        await asyncio.to_thread(self.engine.warm_up, sessions, speakers)
+
     async def open(self, config: SessionConfig | None = None) -> Session:
         """`Engine.open` without blocking the event loop."""
         return await _owned(self.engine.open, config)

@@ -20,17 +20,17 @@ import torch
 
 from .runner import StepBatch
 
-# One listener has 12 or 13 rows, which one tile of 16 holds; 64 is where the skinny `linear` ends, 128 where
-# two of its tiles do. Up to there padding costs next to nothing, because the weights are the traffic. From
-# the cohort of 208 = 16 x 13 rows on arithmetic decides, so at most a third of a bucket is padding. The last
-# one is a full step (EngineConfig.max_step_rows): 64 chunks, 832 rows, and the tokens of those who speak
-# meanwhile. Only single items are larger, clips, whose buckets double.
+# One listener has 12 or 13 rows, which one tile of 16 holds; 64 is where the skinny `linear` ends. Up to
+# there padding costs next to nothing, because the weights are the traffic. From the cohort of 208 = 16 x 13
+# rows on arithmetic decides, so at most a third of a bucket is padding. The last one is a full step
+# (EngineConfig.max_step_rows): 64 chunks, 832 rows, and the tokens of those who speak meanwhile. Only single
+# items are larger, clips, whose buckets double.
 ROWS = (16, 32, 64, 128, 208, 312, 416, 624, 832, 1024)
 LEAST_DRAWS = 16  # rows of the whole vocabulary's head: one tile
 LEAST_PAGES = 8  # columns of the block table
 # On a GPU kernels look at no more columns than a sequence has, and a new bucket is 100 ms of capturing: those
-# of 2,048 slots in pages of 64.
-LEAST_PAGES_GPU = 32
+# of 4,096 slots in pages of 64, of which a window of a minute and its prefix take 34.
+LEAST_PAGES_GPU = 64
 
 # Chunks of one pass of the encoder at most: 64 chunks are 1,280 rows, where arithmetic decides and a larger
 # pass saves nothing.
@@ -104,10 +104,9 @@ def buckets_of(rows: int, draws: int, listening_rows: int, pages: int) -> Iterat
     sequences have no more than `pages` pages.
     """
     for size in itertools.takewhile(lambda size: size <= rows_bucket(rows), _row_sizes()):
-        counts, most = [0, LEAST_DRAWS], min(size, _doubled(LEAST_DRAWS, draws))
-        while counts[-1] < most:
-            counts.append(min(most, 2 * counts[-1]))
-        yield from (Bucket(size, max(1, size // listening_rows), count, pages) for count in counts)
+        most = min(size, _doubled(LEAST_DRAWS, draws)) if draws else 0
+        counts = {0, *(min(most, LEAST_DRAWS << doublings) for doublings in range(most.bit_length()))}
+        yield from (Bucket(size, max(1, size // listening_rows), n, pages) for n in sorted(counts))
 
 
 def _row_sizes() -> Iterator[int]:

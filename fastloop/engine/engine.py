@@ -93,24 +93,36 @@ class Engine:
         """An engine over a checkpoint: a packaged name or a directory (`fastloop.checkpoint.load`)."""
         return cls(load(name, **options), config)
 
-    def warm_up(self, sessions: int | None = None) -> None:
-        """Make now what would be made when so many sessions first need it: kernels are compiled, steps are
-        captured (on a GPU 0.1 s for each size of steps; minutes where nothing was ever compiled). None:
-        max_sessions. ValueError where sessions is not 1 to max_sessions.
+    def warm_up(self, sessions: int | None = None, speakers: int | None = None) -> None:
+        """Capture now the steps that so many sessions need, of which so many speak at once, and compile their
+        kernels: on a GPU 0.1 s for each size of steps, minutes where nothing was ever compiled. None:
+        max_sessions; all of them.
 
-        Call it before serving, so that nobody waits for it later. Steps of sessions that catch up, with more
-        than a chunk each, are still captured when they first occur.
+        Call it before serving, so that nobody waits for it later. What is still made at its first occurrence:
+        steps of sessions that catch up, with more than a chunk each, or whose contexts are longer than
+        4,096 slots; edge="wait"; offline clips; prefixes; replies of a single stream in one graph. Runners
+        that capture nothing have nothing to do. ValueError where sessions is not 1 to max_sessions, or
+        speakers not 0 to sessions; FastloopError where the engine has failed or is closing.
         """
         count = self.config.max_sessions if sessions is None else sessions
-        if not 1 <= count <= self.config.max_sessions:
-            raise ValueError(
-                f"Engine.warm_up: sessions must be 1 to {self.config.max_sessions} "
-                f"(EngineConfig.max_sessions), got {sessions!r}"
-            )
+        draws = count if speakers is None else speakers
+        for name, given, low, high in (
+            ("sessions", count, 1, self.config.max_sessions),
+            ("speakers", draws, 0, count),
+        ):
+            if isinstance(given, bool) or not isinstance(given, int) or not low <= given <= high:
+                raise ValueError(f"Engine.warm_up: {name} must be {low} to {high}, got {given!r}")
         with self._step_lock:
+            self._check_alive("warm_up")
+            if self._draining:
+                raise FastloopError("Engine.warm_up: the engine is draining; open another engine")
             self._collect_all()
             rows = min(count * self.model.config.chunk_rows, self.config.max_step_rows)
-            self.runner.warm_up(rows, count, min(count, self.config.max_perceive_chunks))
+            try:
+                self.runner.warm_up(rows, draws, min(count, self.config.max_perceive_chunks))
+            except Exception as error:
+                self._fall(error)
+                raise
 
     # ---- sessions ------------------------------------------------------------------------------------
 
@@ -262,10 +274,7 @@ class Engine:
         """
         with self._step_lock:
             self._reap_held()
-            if self._failure is not None:
-                raise FastloopError(
-                    f"Engine.step: the engine has failed: {self._failure}; open another engine"
-                )
+            self._check_alive("step")
             self.work.clear()
             begun = self.clock()
             try:
@@ -322,6 +331,10 @@ class Engine:
         except Exception as error:
             self._fall(error)
             raise
+
+    def _check_alive(self, call: str) -> None:
+        if self._failure is not None:
+            raise FastloopError(f"Engine.{call}: the engine has failed: {self._failure}; open another engine")
 
     def _fall(self, error: Exception) -> None:
         self._failure = f"{type(error).__name__}: {error}"

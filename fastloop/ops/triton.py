@@ -34,7 +34,7 @@ TAKES: dict[str, Limits] = {  # op -> the dtypes that its kernel has code for
 
 
 DEFAULTS = (*TAKES, "mel")  # on GPUs, for the calls that "cuda" does not serve
-FEW_ROWS = 64  # of `linear`: from there on cuBLAS is as fast, for then it is products that take the time
+FEW_ROWS = 64  # of `linear`: there cuBLAS is as fast, and nothing was measured behind
 
 
 def _has_many_rows(arguments: Mapping[str, Any]) -> str:

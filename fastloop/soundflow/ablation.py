@@ -3,9 +3,10 @@
     python -m fastloop.soundflow.ablation --clips manifest.jsonl --out runs/ablation --hours 3 --steps 800
 
 Builds three corpora (as shipped, without TFJP, without event selection) and a validation corpus, trains the
-stage once as it is and once with each thing changed, from the same seed for the same number of steps of the
-same seconds of sound, and scores all on the same validation streams. Whatever is complete in --out is not
-done again. `ablation.md` and `ablation.json` hold the table.
+stage once as it is, but that silence and digits cost 1 (`--stage-costs`: what it says), and once with each
+thing changed, from the same seed for the same number of steps of the same seconds of sound, and scores all on
+the same validation streams. Whatever is complete in --out is not done again. `ablation.md` and
+`ablation.json` hold the table.
 
 The rows are those of the paper (arXiv 2606.05121): TFJP, hierarchical event selection, lambda, chunk length.
 """
@@ -86,9 +87,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--hours", type=float, default=3.0, help="of each training corpus")
     parser.add_argument("--val-hours", type=float, default=1.0)
     parser.add_argument(
-        "--costs",
+        "--stage-costs",
         action="store_true",
-        help="those of the stage for silence and digits, not 1: for long trainings",
+        help="silence and digits cost what the stage says, not 1: for trainings of thousands of steps",
     )
     parser.add_argument("--tasks", default="", help="sub-tasks, as of `fastloop data build`")
     parser.add_argument("--threads", type=int, default=1)
@@ -102,13 +103,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     held_out = dataclasses.replace(common, split="val", seed=VAL_SEED, hours=given.val_hours)
     build(held_out, given.out / "shipped", given.workers)
     val = read_truth([given.out / "shipped"], "val", print)
-    stage = changed(read_stage(given.stage), {} if given.costs else BEGINNERS, given.steps)
+    stage = changed(read_stage(given.stage), {} if given.stage_costs else BEGINNERS, given.steps)
     found: dict[str, Scores] = {}
     for name, row in rows(stage).items():
         one = changed(stage, row.changes, given.steps)
         run = given.out / "runs" / name.replace(" ", "_")
         found[name] = train_and_score(one, [given.out / row.corpus], run, None, val)
-        write_json(given.out / "ablation.json", {"steps": given.steps, "hours": given.hours, "rows": found})
+        head = {"steps": given.steps, "hours": given.hours, "loss": stage.loss}
+        write_json(given.out / "ablation.json", {**head, "rows": found})
         (given.out / "ablation.md").write_text(table("model", found), encoding="utf-8")
     print(table("model", found))
 

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fastloop.config import published_3b
 from fastloop.engine.buckets import (
     ROWS,
     Bucket,
@@ -21,8 +22,9 @@ from fastloop.engine.buckets import (
     pad,
     rows_bucket,
 )
+from fastloop.engine.memory import session_pages
 from fastloop.engine.runner import StepBatch
-from fastloop.options import EngineConfig
+from fastloop.options import EngineConfig, SessionConfig
 from fastloop.testing.steps import LISTENING_ROWS, random_batch
 
 SPARE = 99
@@ -39,8 +41,8 @@ def test_rows_bucket_is_the_least_that_holds_them(rows: int) -> None:
     assert size >= rows
     assert rows_bucket(size) == size
     assert size <= max(ROWS[0], 2 * rows), "more than half of it is padding"
-    if 128 < rows <= 1024:
-        assert 2 * size < 3 * rows + 128, "a third of it is padding"
+    if 208 <= rows <= 1024:
+        assert 3 * (size - rows) <= size, "more than a third of it is padding"
     if size > ROWS[0]:
         smaller = [n for n in range(1, size) if rows_bucket(n) == n]
         assert smaller[-1] < rows
@@ -62,13 +64,15 @@ def test_buckets_ahead_are_those_of_the_batches() -> None:
         for speaking in range(4 - listening)
         if listening + speaking
     }
+    assert {b.draws for b in buckets_of(3 * 13, 0, LISTENING_ROWS, 8)} == {0}
     assert met <= ahead and {b.draws for b in ahead} == {0, 16} and {b.rows for b in ahead} == {16, 32, 64}
 
 
 def test_block_tables_are_wide_on_gpus_from_the_start() -> None:
-    """So a session of a minute meets no second bucket, which would be captured while it waits."""
+    """So a window of a minute meets no second bucket, which would be captured while its session waits."""
     pages = least_pages(torch.device("cuda", 0))
-    assert bucket_of(random_batch(np.random.default_rng(1), 1, 0), LISTENING_ROWS, pages).pages == 32
+    assert bucket_of(random_batch(np.random.default_rng(1), 1, 0), LISTENING_ROWS, pages).pages == 64
+    assert session_pages(published_3b(), EngineConfig(), SessionConfig(), (64, 0)) <= pages
     assert least_pages(torch.device("cpu")) == 8
 
 

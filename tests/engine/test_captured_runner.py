@@ -23,6 +23,7 @@ from fastloop.engine.recorder import CaptureError
 from fastloop.engine.runner import EagerRunner, StepBatch, StepResult
 from fastloop.engine.stream_simulation import BlockingStreams, hazards
 from fastloop.engine.streams import STATE, Streams
+from fastloop.errors import FastloopError
 from fastloop.events import ResponseText
 from fastloop.mel import MelState
 from fastloop.options import DecisionPolicy, EngineConfig, Sampling, SessionConfig
@@ -158,6 +159,22 @@ def test_two_steps_on_their_way_are_what_one_by_one_is(model: Model, seed: int, 
     assert torch.allclose(captured.cache.k_pages, eager.cache.k_pages, atol=1e-5)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_after_a_warm_up_nothing_is_captured_on_cuda() -> None:
+    model = random_model(seed=3).to("cuda")
+    config = SessionConfig(policy=DecisionPolicy(0.0), max_response_tokens=5, speculative_chunks=1)
+    scripts = [Script(config, random_sound(1.6, seed=i), push_samples=6400) for i in range(3)]
+    engine = Engine(model, EngineConfig(max_sessions=3, runner="captured"))
+    runner = engine.runner
+    assert isinstance(runner, CapturedRunner)
+    engine.warm_up()
+    sets, perceived = set(runner._sets), runner._perceive.captured
+    heard = run_engine(engine, scripts)
+    assert any(isinstance(e, ResponseText) for events in heard for e in events)
+    assert set(runner._sets) == sets and runner._perceive.captured == perceived
+    engine.close()
+
+
 @pytest.mark.parametrize("sessions", [1, 3])
 def test_after_a_warm_up_nothing_is_captured_any_more(model: Model, sessions: int) -> None:
     """Of sessions that listen and speak; and it leaves no trace in what they hear."""
@@ -195,10 +212,29 @@ def test_a_warm_up_in_the_middle_of_a_stream_leaves_no_trace(model: Model) -> No
 
 def test_a_warm_up_is_for_sessions_that_fit(model: Model) -> None:
     engine = Engine(model, EngineConfig(max_sessions=2))
-    for count in (0, 3, -1):
-        with pytest.raises(ValueError, match=r"^Engine\.warm_up: sessions must be 1 to 2"):
-            engine.warm_up(count)
-    engine.warm_up(1)  # by whichever runner
+    for count in (0, 3, -1, 1.0, True):
+        with pytest.raises(ValueError, match=r"^Engine\.warm_up: sessions must be 1 to 2, got"):
+            engine.warm_up(count)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^Engine\.warm_up: speakers must be 0 to 1, got 2"):
+        engine.warm_up(1, 2)
+    engine.warm_up(1, 0)  # by whichever runner
+    engine.close()
+    with pytest.raises(FastloopError, match=r"^Engine\.warm_up: the engine is draining"):
+        engine.warm_up()
+
+
+def test_a_warm_up_that_fails_ends_the_engine(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(model, EngineConfig(max_sessions=2, runner="captured"))
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(engine.runner, "warm_up", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        engine.warm_up()
+    assert engine.health()["status"] == "failed"
+    with pytest.raises(FastloopError, match=r"^Engine\.warm_up: the engine has failed: RuntimeError: no mem"):
+        engine.warm_up()
 
 
 def test_a_bucket_is_captured_once_for_each_turn(model: Model) -> None:

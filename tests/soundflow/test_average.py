@@ -38,6 +38,17 @@ def test_the_mean_of_one_is_itself(pair: list[Path], tmp_path: Path) -> None:
     assert all(torch.equal(same.weights[name], own.weights[name]) for name in own.weights)
 
 
+def test_the_threshold_is_the_first_one_s_or_as_wished(pair: list[Path], tmp_path: Path) -> None:
+    first, other = tmp_path / "first", [str(path) for path in pair]
+    main([str(first), other[0], "--threshold", "0.7"])
+    main([str(tmp_path / "mean"), str(first), other[1]])
+    main([str(tmp_path / "again"), str(tmp_path / "mean"), "--threshold", "0.4"])
+    found = [load(tmp_path / name).config.threshold for name in ("first", "mean", "again")]
+    assert found == [0.7, 0.7, 0.4]
+    with pytest.raises(SystemExit, match="threshold: must be between 0 and 1, got 2"):
+        main([str(tmp_path / "none"), str(first), "--threshold", "2"])
+
+
 @pytest.mark.parametrize(
     ("shares", "told"),
     [
