@@ -74,6 +74,25 @@ def test_sessions_equal_the_plain_loop(model: Model) -> None:
     run(main())
 
 
+def test_a_warm_up_while_sessions_listen(model: Model) -> None:
+    """The event loop goes on meanwhile; they hear what they hear without one."""
+
+    async def main() -> None:
+        config = SessionConfig(policy=lively_policy(model), max_response_tokens=6)
+        script = Script(config, random_sound(2.0, seed=5), push_samples=6400)
+        async with AsyncEngine(Engine(model, EngineConfig(max_sessions=2, runner="captured"))) as engine:
+            session = await engine.open(config)
+            session.push(script.pcm)
+            warming = asyncio.ensure_future(engine.warm_up(2))
+            events = await collect(session, until=5)
+            await warming
+            with pytest.raises(ValueError, match="sessions must be 1 to 2"):
+                await engine.warm_up(3)
+        assert comparable(events) == comparable(expected(model, script))
+
+    run(main())
+
+
 def test_closing_a_session_ends_its_event_stream(model: Model) -> None:
     async def main() -> None:
         async with AsyncEngine(Engine(model)) as served:
