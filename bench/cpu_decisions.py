@@ -1,7 +1,8 @@
 """How often a coarser precision decides otherwise: python bench/cpu_decisions.py SHARDS [--model demo]
 
 Streams of the split `val` through the native engine in each precision; sessions stay silent, so that all
-precisions see equal histories. A decision is p > 0.5; float32 is what the others are compared with.
+precisions see equal histories. A decision is p above the model's threshold; float32 is what the others are
+compared with.
 """
 
 from __future__ import annotations
@@ -59,11 +60,12 @@ def main() -> None:
             kv_precision=given.kv,
             threads=given.threads,
         )
-        p = decisions(load(given.model, dtype="float32"), sounds, config)
+        model = load(given.model, dtype="float32")
+        p, above = decisions(model, sounds, config), model.config.threshold
         exact = exact if len(exact) else p
         rows[precision] = {
             "chunks": len(p),
-            "same": float(np.mean((p > 0.5) == (exact > 0.5))),
+            "same": float(np.mean((p > above) == (exact > above))),
             "largest_difference_of_p": float(np.abs(p - exact).max()),
         }
         print(precision, json.dumps(rows[precision]))
