@@ -10,6 +10,7 @@ import torch
 from torch import Generator
 
 from fastloop.config import MEL_BINS, ModelConfig
+from fastloop.engine.buckets import MOST_CHUNKS
 from fastloop.ops.block_attention import block_attention_bytes
 from fastloop.ops.conv_stem import conv_stem_bytes
 from fastloop.ops.decide import decide_bytes
@@ -150,9 +151,8 @@ def shapes(config: ModelConfig, dtype: torch.dtype, dry: bool) -> list[Shape]:
         for scaled in (False, True)
     ]  # fmt: skip
     for name, dims in linears(config).items():
-        counts = (chunk,) if name.startswith("encoder") else (1,) if name.endswith("head") else (1, rows, 64)
-        if len(counts) > 1:
-            counts += (64 * rows,)  # of as many listeners as are encoded at once
+        layers = (1, rows, 64, MOST_CHUNKS * rows)
+        counts = (chunk,) if name.startswith("encoder") else (1,) if name.endswith("head") else layers
         found += [_linear(name, n, dims, dtype) for n in ((counts[0],) if dry else counts)]
     for name in ("decoder gate_up", "decoder down"):
         dims = linears(config)[name]

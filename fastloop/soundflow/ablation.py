@@ -3,10 +3,9 @@
     python -m fastloop.soundflow.ablation --clips manifest.jsonl --out runs/ablation --hours 3 --steps 800
 
 Builds three corpora (as shipped, without TFJP, without event selection) and a validation corpus, trains the
-stage once as it is, but that silence and digits cost 1 (`--stage-costs`: what it says), and once with each
-thing changed, from the same seed for the same number of steps of the same seconds of sound, and scores all on
-the same validation streams. Whatever is complete in --out is not done again. `ablation.md` and
-`ablation.json` hold the table.
+stage once as it is and once with each thing changed, from the same seed for the same number of steps of the
+same seconds of sound, and scores all on the same validation streams. Whatever is complete in --out is not
+done again. `ablation.md` and `ablation.json` hold the table.
 
 The rows are those of the paper (arXiv 2606.05121): TFJP, hierarchical event selection, lambda, chunk length.
 """
@@ -37,9 +36,6 @@ CORPORA: dict[str, dict[str, Any]] = {
     "without_selection": {"planner": "random"},
 }
 TRAIN_SEED, VAL_SEED = 20, 1
-# A model that is trained for so short a time hardly speaks where an answer too many costs what it does in a
-# long training.
-BEGINNERS = {"loss.silence_weight": 1.0, "loss.digits_weight": 1.0}
 LAMBDAS = (0.5, 1.0, 2.0)
 
 
@@ -86,11 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=800, help="of each training")
     parser.add_argument("--hours", type=float, default=3.0, help="of each training corpus")
     parser.add_argument("--val-hours", type=float, default=1.0)
-    parser.add_argument(
-        "--stage-costs",
-        action="store_true",
-        help="silence and digits cost what the stage says, not 1: for trainings of thousands of steps",
-    )
     parser.add_argument("--tasks", default="", help="sub-tasks, as of `fastloop data build`")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="processes that build corpora")
@@ -103,14 +94,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     held_out = dataclasses.replace(common, split="val", seed=VAL_SEED, hours=given.val_hours)
     build(held_out, given.out / "shipped", given.workers)
     val = read_truth([given.out / "shipped"], "val", print)
-    stage = changed(read_stage(given.stage), {} if given.stage_costs else BEGINNERS, given.steps)
+    stage = read_stage(given.stage)
     found: dict[str, Scores] = {}
     for name, row in rows(stage).items():
         one = changed(stage, row.changes, given.steps)
         run = given.out / "runs" / name.replace(" ", "_")
         found[name] = train_and_score(one, [given.out / row.corpus], run, None, val)
-        head = {"steps": given.steps, "hours": given.hours, "loss": stage.loss}
-        write_json(given.out / "ablation.json", {**head, "rows": found})
+        write_json(given.out / "ablation.json", {"steps": given.steps, "hours": given.hours, "rows": found})
         (given.out / "ablation.md").write_text(table("model", found), encoding="utf-8")
     print(table("model", found))
 

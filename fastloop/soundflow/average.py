@@ -3,8 +3,8 @@
     python -m fastloop.soundflow.average OUT MODEL [MODEL=SHARE ...] [--threshold P]
 
 Each model is a packaged one or a directory; without shares all count alike. With one model it is that one,
-with another threshold. Wortsman et al. 2022, "Model
-soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time".
+with another threshold. Wortsman et al. 2022, "Model soups: averaging weights of multiple fine-tuned models
+improves accuracy without increasing inference time".
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def test_rows_bucket_is_the_least_that_holds_them(rows: int) -> None:
 
 
 def test_a_full_step_is_a_bucket() -> None:
-    """Padded to twice its rows, it took a GPU twice as long (bench/GPU.md)."""
+    """Else every full step is padded to the next one, which is nearly twice as large."""
     most = EngineConfig().max_step_rows
     assert rows_bucket(most) == most == ROWS[-1]
 

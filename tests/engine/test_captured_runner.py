@@ -159,27 +159,21 @@ def test_two_steps_on_their_way_are_what_one_by_one_is(model: Model, seed: int, 
     assert torch.allclose(captured.cache.k_pages, eager.cache.k_pages, atol=1e-5)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_after_a_warm_up_nothing_is_captured_on_cuda() -> None:
-    model = random_model(seed=3).to("cuda")
-    config = SessionConfig(policy=DecisionPolicy(0.0), max_response_tokens=5, speculative_chunks=1)
-    scripts = [Script(config, random_sound(1.6, seed=i), push_samples=6400) for i in range(3)]
-    engine = Engine(model, EngineConfig(max_sessions=3, runner="captured"))
-    runner = engine.runner
-    assert isinstance(runner, CapturedRunner)
-    engine.warm_up()
-    sets, perceived = set(runner._sets), runner._perceive.captured
-    heard = run_engine(engine, scripts)
-    assert any(isinstance(e, ResponseText) for events in heard for e in events)
-    assert set(runner._sets) == sets and runner._perceive.captured == perceived
-    engine.close()
-
-
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+        ),
+    ],
+)
 @pytest.mark.parametrize("sessions", [1, 3])
-def test_after_a_warm_up_nothing_is_captured_any_more(model: Model, sessions: int) -> None:
+def test_after_a_warm_up_nothing_is_captured_any_more(model: Model, sessions: int, device: str) -> None:
     """Of sessions that listen and speak; and it leaves no trace in what they hear."""
     config = SessionConfig(policy=lively_policy(model), max_response_tokens=5, speculative_chunks=1)
     scripts = [Script(config, random_sound(1.6, seed=i), push_samples=6400) for i in range(sessions)]
+    model = model.to(device)
     heard = []
     for warm in (False, True):
         engine = Engine(model, EngineConfig(max_sessions=sessions, page_tokens=64, runner="captured"))

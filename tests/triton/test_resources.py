@@ -84,3 +84,27 @@ def test_dependent_launches_wait_before_they_read() -> None:
     """
     done = run("-c", script)
     assert done.stdout.splitlines() == ["True False", "True True", "True False"], done.stderr[-2000:]
+
+
+def test_what_is_compiled_ahead_for_batches_can_be_called() -> None:
+    """Every call that bench/gpu/warm.py makes: products of floats only as far as they are Triton's."""
+    script = """if True:
+        import sys
+        sys.path.append("bench")
+        from fastloop.ops.triton import FEW_ROWS
+        from fastloop.triton_kernels.launch import record_launches
+        from gpu.warm import in_batches
+        with record_launches() as launches:
+            for call in in_batches():
+                call()
+        made = [x for x in launches if x.kernel.__name__ == "_linear" and x.constants["FORMAT"] == "plain"]
+        kinds = [(x.constants["EPILOGUE"], x.constants["HAS_RESIDUAL"]) for x in made]
+        stems = ("gelu", True)  # the second convolution, which is no `linear` of a model
+        print(sorted({x.kernel.__name__ for x in launches}))
+        print(max(x.arguments["rows"] for x, kind in zip(made, kinds) if kind != stems) == FEW_ROWS)
+    """
+    done = run("-c", script)
+    kernels, few = done.stdout.splitlines() or [done.stderr[-2000:], ""]
+    assert few == "True", done.stdout
+    for name in ("_add_splits", "_combine", "_first_conv", "_linear", "_paged_attention", "_policy"):
+        assert f"'{name}'" in kernels
