@@ -141,7 +141,7 @@ class CapturedRunner(EagerRunner):
         return results[0]
 
     def warm_up(self, rows: int, draws: int, streams: int) -> None:
-        """Capture them, for contexts as long as the least bucket of pages (2,048 slots on a GPU) and streams
+        """Capture them, for contexts of as many pages as every block table has (`least_pages`) and streams
         with edge="reflect".
         """
         self.settle("warm up", lambda: None)

@@ -99,10 +99,10 @@ class Engine:
         max_sessions; all of them.
 
         Call it before serving, so that nobody waits for it later. What is still made at its first occurrence:
-        steps of sessions that catch up, with more than a chunk each, or whose contexts are longer than
-        4,096 slots; edge="wait"; offline clips; prefixes; replies of a single stream in one graph. Runners
-        that capture nothing have nothing to do. ValueError where sessions is not 1 to max_sessions, or
-        speakers not 0 to sessions; FastloopError where the engine has failed or is closing.
+        steps of sessions that catch up, with more than a chunk each, or whose contexts have more than 64
+        pages (a window of two minutes); edge="wait"; offline clips; prefixes; replies of a single stream in
+        one graph. Runners that capture nothing have nothing to do. ValueError where sessions is not 1 to
+        max_sessions, or speakers not 0 to sessions; FastloopError where the engine has failed or is closing.
         """
         count = self.config.max_sessions if sessions is None else sessions
         draws = count if speakers is None else speakers

@@ -39,10 +39,10 @@ FEW_ROWS = 64  # of `linear`: there cuBLAS is as fast, and nothing was measured 
 
 def _has_many_rows(arguments: Mapping[str, Any]) -> str:
     rows = len(arguments["x"])
-    return "" if rows <= FEW_ROWS else f"{rows} rows, up to {FEW_ROWS} it is faster"
+    return "" if rows <= FEW_ROWS else f"{rows} rows, it was measured up to {FEW_ROWS}"
 
 
-LEAVES: dict[str, Refuses] = {"linear": _has_many_rows}  # op -> the calls that torch is faster for
+LEAVES: dict[str, Refuses] = {"linear": _has_many_rows}  # op -> the calls that torch serves
 
 
 @functools.cache
