@@ -1,11 +1,12 @@
 """What each part of SoundFlow is worth, at nano scale: one table, one command.
 
-    python -m fastloop.soundflow.ablation --clips manifest.jsonl --out runs/ablation --hours 3 --steps 800
+    python -m fastloop.soundflow.ablation --clips manifest.jsonl --out runs/ablation --steps 2000 --jobs 2
 
 Builds three corpora (as shipped, without TFJP, without event selection) and a validation corpus, trains the
 stage once as it is and once with each thing changed, from the same seed for the same number of steps of the
-same seconds of sound, and scores all on the same validation streams. Whatever is complete in --out is not
-done again. `ablation.md` and `ablation.json` hold the table.
+same seconds of sound, and scores all on the same validation streams. Wrong answers cost what missed ones do
+(`even`), for a beginner that has to be surer says nothing. Whatever is complete in --out is not done again.
+`ablation.md` and `ablation.json` hold the table.
 
 The rows are those of the paper (arXiv 2606.05121): TFJP, hierarchical event selection, lambda, chunk length.
 """
@@ -14,7 +15,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+import multiprocessing
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +50,13 @@ class Row:
     corpus: str = "shipped"
 
 
+def even(stage: Stage) -> Stage:
+    """The stage with every error of a decision at the same cost."""
+    return dataclasses.replace(
+        stage, loss=dataclasses.replace(stage.loss, silence_weight=1.0, digits_weight=1.0)
+    )
+
+
 def rows(stage: Stage) -> dict[str, Row]:
     """All lines. With another chunk, a batch holds as many seconds; lambda is control_weight, and the
     one that is shipped has no line of its own.
@@ -74,32 +84,71 @@ def rows(stage: Stage) -> dict[str, Row]:
     }
 
 
+@dataclass(frozen=True)
+class Training:
+    """One row's work: a stage, the folder of its corpus, that of its run and that of the streams to score."""
+
+    stage: Stage
+    corpus: Path
+    run: Path
+    held_out: Path
+    threads: int
+
+    def __call__(self) -> Scores:
+        torch.set_num_threads(self.threads)
+        val = read_truth([self.held_out], "val", print)
+        return train_and_score(self.stage, [self.corpus], self.run, None, val)
+
+
+def _scored(trainings: Mapping[str, Training], jobs: int) -> Iterable[tuple[str, Scores]]:
+    """Name and scores of every row as it is done, `jobs` of them side by side in processes of their own."""
+    if jobs <= 1:
+        yield from ((name, training()) for name, training in trainings.items())
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process with torch's threads can hang
+    with ProcessPoolExecutor(jobs, spawn) as pool:
+        running = {pool.submit(training): name for name, training in trainings.items()}
+        try:
+            for done in as_completed(running):
+                yield running[done], done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)  # where one failed, those that wait are not begun
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastloop.soundflow.ablation", description=__doc__)
     parser.add_argument("--clips", type=Path, required=True, help="manifest of clips")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--stage", default="nano", help="a stage of the package, or a YAML file")
-    parser.add_argument("--steps", type=int, default=800, help="of each training")
+    parser.add_argument("--steps", type=int, default=2000, help="of each training")
     parser.add_argument("--hours", type=float, default=3.0, help="of each training corpus")
     parser.add_argument("--val-hours", type=float, default=1.0)
     parser.add_argument("--tasks", default="", help="sub-tasks, as of `fastloop data build`")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=1, help="trainings side by side")
+    parser.add_argument("--threads", type=int, default=1, help="of each training")
     parser.add_argument("--workers", type=int, default=1, help="processes that build corpora")
     given = parser.parse_args(arguments)
-    torch.set_num_threads(given.threads)
     tasks = tuple(name for name in given.tasks.split(",") if name)
     common = BuildConfig(str(given.clips), seed=TRAIN_SEED, hours=given.hours, tasks=tasks)
     for name, settings in CORPORA.items():
         build(dataclasses.replace(common, **settings), given.out / name, given.workers)
     held_out = dataclasses.replace(common, split="val", seed=VAL_SEED, hours=given.val_hours)
     build(held_out, given.out / "shipped", given.workers)
-    val = read_truth([given.out / "shipped"], "val", print)
-    stage = read_stage(given.stage)
-    found: dict[str, Scores] = {}
-    for name, row in rows(stage).items():
-        one = changed(stage, row.changes, given.steps)
-        run = given.out / "runs" / name.replace(" ", "_")
-        found[name] = train_and_score(one, [given.out / row.corpus], run, None, val)
+    stage = even(read_stage(given.stage))
+    trainings = {
+        name: Training(
+            changed(stage, row.changes, given.steps),
+            given.out / row.corpus,
+            given.out / "runs" / name.replace(" ", "_"),
+            given.out / "shipped",
+            given.threads,
+        )
+        for name, row in rows(stage).items()
+    }
+    done: dict[str, Scores] = {}
+    for name, scores in _scored(trainings, given.jobs):
+        done[name] = scores
+        found = {row: done[row] for row in trainings if row in done}
         write_json(given.out / "ablation.json", {"steps": given.steps, "hours": given.hours, "rows": found})
         (given.out / "ablation.md").write_text(table("model", found), encoding="utf-8")
     print(table("model", found))

@@ -302,20 +302,25 @@ def test_a_sweep_trains_each_value_and_puts_them_into_one_table(tmp_path: Path) 
 
 def test_an_ablation_builds_trains_and_scores_every_row_once(manifest: Path, tmp_path: Path) -> None:
     stage = tmp_path / "tiny.yaml"
-    stage.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(tiny())))))
+    dear = tiny(loss=Weighting(silence_weight=6.0, digits_weight=4.0))
+    stage.write_text(yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(dear)))))
     out = tmp_path / "o"
     arguments = ["--clips", str(manifest), "--out", str(out), "--stage", str(stage), "--steps", "2"]
     arguments += ["--hours", "0.03", "--val-hours", "0.01", "--tasks", "sound_alert", "--workers", "0"]
-    ablation.main(arguments)
+    ablation.main([*arguments, "--jobs", "2"])
     lines = (out / "ablation.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == list(ablation.rows(tiny()))
     chunks = {
         name: json.loads((out / "runs" / name / "stage.json").read_text())["batch"]["chunks"]
         for name in ("as_shipped", "chunks_of_0.2_s", "chunks_of_0.8_s")
     }
+    costs = json.loads((out / "runs/as_shipped/stage.json").read_text())["loss"]
+    assert costs["silence_weight"] == costs["digits_weight"] == 1
     assert chunks == {"as_shipped": 12, "chunks_of_0.2_s": 24, "chunks_of_0.8_s": 6}
     notes = {name: json.loads((out / name / "train.build.json").read_text()) for name in ablation.CORPORA}
     assert not notes["without_tfjp"]["tfjp"] and notes["without_selection"]["planner"] == "random"
     states = {path: path.stat().st_mtime_ns for path in out.glob("runs/*/state.ckpt")}
+    before = (out / "ablation.md").read_text()
     ablation.main(arguments)
+    assert (out / "ablation.md").read_text() == before
     assert states == {path: path.stat().st_mtime_ns for path in out.glob("runs/*/state.ckpt")}
