@@ -1,12 +1,11 @@
 """What each part of SoundFlow is worth, at nano scale: one table, one command.
 
-    python -m fastloop.soundflow.ablation --clips manifest.jsonl --out runs/ablation --steps 2000 --jobs 2
+    python -m fastloop.soundflow.ablation --clips manifest.jsonl --out runs/ablation --jobs 2
 
 Builds three corpora (as shipped, without TFJP, without event selection) and a validation corpus, trains the
 stage once as it is and once with each thing changed, from the same seed for the same number of steps of the
-same seconds of sound, and scores all on the same validation streams. Wrong answers cost what missed ones do
-(`even`), for a beginner that has to be surer says nothing. Whatever is complete in --out is not done again.
-`ablation.md` and `ablation.json` hold the table.
+same seconds of sound, and scores all on the same validation streams. Whatever is complete in --out is not
+done again. `ablation.md` and `ablation.json` hold the table.
 
 The rows are those of the paper (arXiv 2606.05121): TFJP, hierarchical event selection, lambda, chunk length.
 """
@@ -48,13 +47,6 @@ class Row:
 
     changes: Mapping[str, Any] = field(default_factory=dict)
     corpus: str = "shipped"
-
-
-def even(stage: Stage) -> Stage:
-    """The stage with every error of a decision at the same cost."""
-    return dataclasses.replace(
-        stage, loss=dataclasses.replace(stage.loss, silence_weight=1.0, digits_weight=1.0)
-    )
 
 
 def rows(stage: Stage) -> dict[str, Row]:
@@ -119,8 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m fastloop.soundflow.ablation", description=__doc__)
     parser.add_argument("--clips", type=Path, required=True, help="manifest of clips")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--stage", default="nano", help="a stage of the package, or a YAML file")
-    parser.add_argument("--steps", type=int, default=2000, help="of each training")
+    parser.add_argument("--stage", default="ablation", help="a stage of the package, or a YAML file")
+    parser.add_argument("--steps", type=int, help="of each training, instead of the stage's own number")
     parser.add_argument("--hours", type=float, default=3.0, help="of each training corpus")
     parser.add_argument("--val-hours", type=float, default=1.0)
     parser.add_argument("--tasks", default="", help="sub-tasks, as of `fastloop data build`")
@@ -134,10 +126,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         build(dataclasses.replace(common, **settings), given.out / name, given.workers)
     held_out = dataclasses.replace(common, split="val", seed=VAL_SEED, hours=given.val_hours)
     build(held_out, given.out / "shipped", given.workers)
-    stage = even(read_stage(given.stage))
+    stage = read_stage(given.stage)
+    steps = stage.steps if given.steps is None else given.steps
     trainings = {
         name: Training(
-            changed(stage, row.changes, given.steps),
+            changed(stage, row.changes, steps),
             given.out / row.corpus,
             given.out / "runs" / name.replace(" ", "_"),
             given.out / "shipped",
@@ -149,7 +142,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, scores in _scored(trainings, given.jobs):
         done[name] = scores
         found = {row: done[row] for row in trainings if row in done}
-        write_json(given.out / "ablation.json", {"steps": given.steps, "hours": given.hours, "rows": found})
+        write_json(given.out / "ablation.json", {"steps": steps, "hours": given.hours, "rows": found})
         (given.out / "ablation.md").write_text(table("model", found), encoding="utf-8")
     print(table("model", found))
 
