@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import yaml
 
-from ..checkpoint import load
+from ..checkpoint import Model, load
 from ..config import ConfigError
 from .evaluate import Scores, match, score
 from .hear import Hearing, hear
@@ -50,16 +50,18 @@ def changed(stage: Stage, changes: Mapping[str, Any], steps: int) -> Stage:
     return stage_from(values, ", ".join(f"{name}={value}" for name, value in changes.items()) or stage.name)
 
 
-def train_and_score(
-    stage: Stage, data: Sequence[Path], out: Path, source: str | None, val: Sequence[Pair]
-) -> Scores:
-    """Train (or go on, or leave as it is, where it is complete) and score the last model."""
+def trained(stage: Stage, data: Sequence[Path], out: Path, source: str | None) -> Model:
+    """Train (or go on, or leave as it is, where it is complete); the last model, in float32."""
     resume = (out / STATE).exists()
     trainer = Trainer(stage, find_shards(data), out, source=source, resume=resume)
     if trainer.step < stage.steps and not trainer.run():
         raise SystemExit(130)
-    model = load(out / MODEL, dtype="float32")
-    answers = hear(model, [pcm for _, pcm in val], Hearing())
+    return load(out / MODEL, dtype="float32")
+
+
+def scored(model: Model, val: Sequence[Pair], threshold: float | None = None) -> Scores:
+    """What it scores where it responds above `threshold`; None: its own."""
+    answers = hear(model, [pcm for _, pcm in val], Hearing(threshold=threshold))
     return score([match(stream, said) for (stream, _), said in zip(val, answers, strict=True)])
 
 
@@ -91,7 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for text in values.split(","):
         data = [Path(text)] if field == "data" else given.data
         one = changed(stage, {} if field == "data" else {field: yaml.safe_load(text)}, given.steps)
-        found[text] = train_and_score(one, data, given.out / text.replace("/", "_"), given.source, val)
+        model = trained(one, data, given.out / text.replace("/", "_"), given.source)
+        found[text] = scored(model, val)
         write_json(given.out / "sweep.json", {"vary": field, "steps": given.steps, "values": found})
         (given.out / "sweep.md").write_text(table(field, found), encoding="utf-8")
     print(table(field, found))
