@@ -240,6 +240,7 @@ def test_the_shipped_stages_are_valid_and_their_rates_rise_stay_and_fall() -> No
         assert max(rates) == stage.peak_rate == rates[stage.warmup]
         assert 0 < rates[-1] < 0.01 * stage.peak_rate
         assert (stage.model is not None) == (name in ("nano", "ablation"))
+    assert read_stage("ablation").model == read_stage("nano").model
 
 
 def test_a_longer_stage_goes_on_from_a_shorter_one_until_the_rate_falls() -> None:
