@@ -66,6 +66,7 @@ def unused(config: BuildConfig) -> Counter[str]:
     for scenario in read_scenarios([Path(p) for p in config.scenarios]):
         named |= {*scenario.beds, *scenario.passing, *scenario.events}
     filed = {clip.id for label in named for clip in library.filed.get(label, ())}
+    filed |= {name.rpartition("#")[0] for name in library.cuts}
     return Counter(clip.label for clip in library.clips.values() if clip.id not in filed)
 
 

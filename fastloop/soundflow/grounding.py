@@ -131,6 +131,8 @@ def _digits(rng: Rng, library: Library) -> tuple[tuple[str, ...], str, tuple[flo
     if strings and (roll < voiced + STRING_SHARE or not library.singles):
         return (strings[int(rng.integers(len(strings)))].id,), "", (0.0,)
     speakers = sorted(library.singles)
+    if library.split == "train":  # a few have read hundreds, many a dozen: each as often as there is to hear
+        speakers = [speaker for speaker in speakers for _ in library.singles[speaker]]
     clips = library.singles[speakers[int(rng.integers(len(speakers)))]]
     return tuple(clips[int(rng.integers(len(clips)))].id for _ in pauses), "", pauses
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -23,6 +23,7 @@ from .synth import Generator
 from .tfjp import prepare
 
 SYNTHETIC = "synthetic:"
+SHORTEST_S = 0.12  # of a spoken digit: what was aligned to less was hardly said
 GENERATORS: dict[str, Generator] = {
     **ambience.IGNORE,
     **alerts.ALERTS,
@@ -108,12 +109,24 @@ def filed_under(clip: Clip) -> str | None:
     return "digits_in_speech" if "o" not in spoken else None
 
 
+def digit_cuts(clip: Clip) -> Iterator[Clip]:
+    """Every digit of a transcribed recording, named `<id>#<word>`: a speaker who reads out a telephone number
+    has read other numbers, too.
+    """
+    for place, (word, start_s, end_s) in enumerate(clip.words):
+        if word in DIGITS and end_s - start_s >= SHORTEST_S:
+            yield dataclasses.replace(
+                clip, id=f"{clip.id}#{place}", text=word, words=(), active=((start_s, end_s),)
+            )
+
+
 class Library:
     """Sources by label: the clips of one split and the generators; decodes, prepares and keeps clips.
 
     Attributes:
         split: "train" or "val" (or any other of the manifest).
         filed: label -> clips.  singles: speaker -> clips of one spoken digit each.
+        cuts: id -> one digit of a transcribed recording, as a clip of its own; to train on alone.
         unreadable: id -> what was wrong, of clips that were needed and could not be read.
     """
 
@@ -124,8 +137,10 @@ class Library:
         for clip in self.clips.values():
             if (label := filed_under(clip)) is not None:
                 self.filed.setdefault(label, []).append(clip)
+        trained = self.clips.values() if split == "train" else ()
+        self.cuts = {cut.id: cut for clip in trained for cut in digit_cuts(clip)}
         self.singles: dict[str, list[Clip]] = {}
-        for clip in self.filed.get("spoken_digits", ()):
+        for clip in (*self.filed.get("spoken_digits", ()), *self.cuts.values()):
             if len(clip.text.split()) == 1:
                 self.singles.setdefault(clip.group, []).append(clip)
         self.unreadable: dict[str, str] = {}
@@ -145,9 +160,11 @@ class Library:
         return sorted({*self.filed, *(name for name, sound in known_sounds().items() if sound.generators)})
 
     def clip(self, name: str) -> Clip:
-        if name not in self.clips:
+        """A clip or a cut of one."""
+        found = self.clips.get(name) or self.cuts.get(name)
+        if found is None:
             raise DataError(f"there is no clip {name!r} in split {self.split!r}")
-        return self.clips[name]
+        return found
 
     def pcm(self, clip: Clip) -> np.ndarray:
         """The clip as recorded, float32 [S]; Unreadable, every time, where it cannot be read."""
