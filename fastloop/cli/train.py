@@ -26,6 +26,12 @@ def train_command(
     ] = False,
     steps: Annotated[int | None, typer.Option(help="Instead of the stage's own number of steps.")] = None,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: as many as there are cores.")] = 0,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Processes that draw batches ahead; default: on a GPU a core each, else none."
+        ),
+    ] = None,
 ) -> None:
     """Train a model, or go on with one.
 
@@ -39,7 +45,7 @@ def train_command(
       torchrun --nproc-per-node 8 -m fastloop train streaming --data corpus --out runs/s --from big
     """
     try:
-        finished = _train(stage, data, out, source, resume, steps, threads)
+        finished = _train(stage, data, out, source, resume, steps, threads, workers)
     except ModuleNotFoundError as error:
         complain("train", f"{error}; {MISSING}")
         raise typer.Exit(1) from error
@@ -53,7 +59,14 @@ def train_command(
 
 
 def _train(
-    name: str, data: list[Path], out: Path, source: str | None, resume: bool, steps: int | None, threads: int
+    name: str,
+    data: list[Path],
+    out: Path,
+    source: str | None,
+    resume: bool,
+    steps: int | None,
+    threads: int,
+    workers: int | None,
 ) -> bool:
     import dataclasses
 
@@ -68,7 +81,10 @@ def _train(
     if steps is not None:
         stage = dataclasses.replace(stage, steps=steps)
     skipped: list[str] = []
-    trainer = Trainer(stage, find_shards(data), out, source=source, resume=resume, skipped=skipped.append)
+    shards = find_shards(data)
+    trainer = Trainer(
+        stage, shards, out, source=source, resume=resume, workers=workers, skipped=skipped.append
+    )
     main = trainer.fabric.is_global_zero
     if main and skipped:
         complain("train", f"{len(skipped)} streams could not be used:")

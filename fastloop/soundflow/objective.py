@@ -47,7 +47,7 @@ class Batch(NamedTuple):
     digits: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device) for tensor in self))
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 def collate(

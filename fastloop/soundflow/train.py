@@ -21,7 +21,7 @@ import pickle
 import shutil
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,9 +37,10 @@ from ..checkpoint import TOKENIZER, load, save
 from ..config import ConfigError, ModelConfig
 from ..errors import FastloopError
 from ..text import Tokenizer
+from .ahead import drawn
 from .batches import Batches, sound_classes, spoken
 from .features import FeatureSet, feature_set
-from .objective import LOSSES, Objective
+from .objective import LOSSES, Batch, Objective
 from .report import LossLog, Ticker, plot_losses
 from .shards import Report, ShardError
 from .stage import PRECISIONS, Stage, stage_from
@@ -88,12 +89,16 @@ class Trainer:
         *,
         source: str | None = None,
         resume: bool = False,
+        workers: int | None = None,
         skipped: Report = print,
     ) -> None:
+        """workers: processes that draw batches ahead; None: on a GPU one for each core but one, else none."""
         self.stage, self.out = stage, out
         self.fabric = make_fabric()
         self.fabric.launch()
         self.step, self.stopped = 0, False
+        self.workers = _spare_cores(self.fabric.device) if workers is None else workers
+        self.drawn: Iterator[Batch] | None = None
         self._check_directory(resume)
         given = self._given(source, resume)
         features = self._features(shards, given, skipped)
@@ -269,6 +274,7 @@ class Trainer:
             if log is not None and ticker is not None:
                 log.close()
                 ticker.close()
+            self.drawn = None  # ends its processes
         if main:
             plot_losses(self.out / LOG, self.out / PLOT)
         return not self.stopped
@@ -281,11 +287,11 @@ class Trainer:
         stage, fabric = self.stage, self.fabric
         for group in self.optimizer.param_groups:
             group["lr"] = stage.rate(self.step)
-        batches = self.late if stage.is_late(self.step) else self.batches
+        if self.drawn is None:
+            self.drawn = self._draw_on()
         found = torch.zeros(len(LOSSES))
         for part in range(stage.accumulate):
-            number = (self.step * stage.accumulate + part) * fabric.world_size + fabric.global_rank
-            batch = batches[number].to(fabric.device)
+            batch = next(self.drawn).to(fabric.device)
             with fabric.no_backward_sync(self.objective, enabled=part + 1 < stage.accumulate):
                 losses = self.objective(batch)
                 fabric.backward(losses[0] / stage.accumulate)
@@ -300,6 +306,16 @@ class Trainer:
         self.step += 1
         return found.tolist()
 
+    def _draw_on(self) -> Iterator[Batch]:
+        """The batches of this process from the present step on."""
+        stage, world, rank = self.stage, self.fabric.world_size, self.fabric.global_rank
+        of_a_step = stage.accumulate * world
+
+        def draw(number: int) -> Batch:
+            return (self.late if stage.is_late(number // of_a_step) else self.batches)[number]
+
+        return drawn(draw, range(self.step * of_a_step + rank, stage.steps * of_a_step, world), self.workers)
+
     def close(self) -> None:
         """Leave the process group, if there is one: at the interpreter's end its threads would abort."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
@@ -313,6 +329,14 @@ class Trainer:
             os.replace(part, self.out / STATE)
             export(self.out, self.out / MODEL)
         self.fabric.barrier()
+
+
+def _spare_cores(device: torch.device) -> int:
+    """Cores that a step leaves to each process of this machine."""
+    if device.type == "cpu":
+        return 0
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, (os.cpu_count() or 1) // here - 1)
 
 
 def fingerprint(features: FeatureSet) -> str:

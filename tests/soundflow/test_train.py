@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -22,8 +24,8 @@ from fastloop.checkpoint import load
 from fastloop.cli import app
 from fastloop.config import ConfigError
 from fastloop.soundflow import ablation, sweep
-from fastloop.soundflow.batches import BatchPlan
-from fastloop.soundflow.objective import Weighting
+from fastloop.soundflow.batches import Batches, BatchPlan
+from fastloop.soundflow.objective import Batch, Weighting
 from fastloop.soundflow.report import read_log
 from fastloop.soundflow.stage import NewModel, Stage, read_stage, stage_from, stage_names
 from fastloop.soundflow.train import LOG, MODEL, PLOT, STATE, Trainer, TrainError
@@ -106,10 +108,41 @@ def test_a_resumed_run_computes_what_an_uninterrupted_one_does_to_the_bit(
         assert torch.equal(value, weights_of(tmp_path)[name]), name
 
 
-def test_a_stop_signal_saves_and_the_run_goes_on_from_there(
-    shard: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_batches_drawn_ahead_by_others_are_the_same(shard: Path, whole: Path, tmp_path: Path) -> None:
+    """To the bit, from any step on, and nobody is left behind."""
+    first = Trainer(tiny(), [shard], tmp_path, workers=2)
+    first.stage = dataclasses.replace(first.stage, steps=3, decay=0)
+    assert first.run()
+    assert not multiprocessing.active_children()
+    assert Trainer(tiny(), [shard], tmp_path, resume=True, workers=1).run()
+    assert same(losses_of(tmp_path), losses_of(whole))
+    assert not multiprocessing.active_children()
+
+
+def test_an_error_of_a_batch_drawn_ahead_is_told_at_its_step(
+    shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trainer = Trainer(tiny(), [shard], tmp_path)
+    draw = Batches.__getitem__
+
+    def third(batches: Batches, number: int) -> Batch:
+        if number == 3:
+            raise OSError("the disk is gone")
+        return draw(batches, number)
+
+    monkeypatch.setattr(Batches, "__getitem__", third)
+    trainer = Trainer(tiny(), [shard], tmp_path, workers=2)
+    with pytest.raises(OSError, match="the disk is gone"):
+        trainer.run()
+    assert trainer.step == 3
+    gc.collect()  # the traceback holds them
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_stop_signal_saves_and_the_run_goes_on_from_there(
+    shard: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    trainer = Trainer(tiny(), [shard], tmp_path, workers=workers)
     advance = trainer.advance
 
     def struck() -> list[float]:
