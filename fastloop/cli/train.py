@@ -29,7 +29,8 @@ def train_command(
     workers: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Processes that draw batches ahead; default: on a GPU a core each, else none."
+            min=0,
+            help="Processes that make features and batches ahead; default: on a GPU one a core, else none.",
         ),
     ] = None,
 ) -> None:

@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from ..config import FFT_SAMPLES, HOP_SAMPLES, MEL_BINS
 from ..files import new_directory
 from ..ops.mel import mel_filters
+from .ahead import made
 from .shards import Report, Stream, Turn, also, nothing_usable, read_streams
 
 FRAMES, INDEX = "frames.f16", "index.json"
@@ -74,10 +76,10 @@ class FeatureSet:
 
 
 def feature_set(
-    shards: Sequence[Path], split: str, chunk_frames: int, cache: Path, skipped: Report
+    shards: Sequence[Path], split: str, chunk_frames: int, cache: Path, skipped: Report, workers: int = 0
 ) -> FeatureSet:
-    """The features of a split of the shards, from the directory `cache`, where they are put first if they
-    are not there yet. Another set of shards goes into another subdirectory.
+    """The features of a split of the shards, from the directory `cache`, where they are put first, by
+    `workers` processes, if they are not there yet. Another set of shards goes into another subdirectory.
     """
     stamp = [(p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in shards]
     kept = [field.name for kind in (Stream, Turn) for field in dataclasses.fields(kind)]
@@ -87,20 +89,44 @@ def feature_set(
         cache.mkdir(parents=True, exist_ok=True)
         size = 2 * sum(path.stat().st_size for path in shards)
         with new_directory(directory, size) as partial:
-            _write(partial, shards, split, chunk_frames, skipped)
+            _write(partial, shards, split, chunk_frames, skipped, workers)
     return _open(directory, chunk_frames)
 
 
-def _write(directory: Path, shards: Sequence[Path], split: str, chunk_frames: int, skipped: Report) -> None:
-    chunk_samples = chunk_frames * HOP_SAMPLES
-    first, streams, reasons = [0], [], list[str]()
+@dataclass
+class _Shard:
+    """What one shard holds: streams, the float16 features of each, and why others were left out."""
+
+    streams: list[Stream]
+    raw: list[Tensor]
+    reasons: list[str]
+
+
+def _shard(path: Path, split: str, chunk_frames: int) -> _Shard:
+    found, chunk_samples = _Shard([], [], []), chunk_frames * HOP_SAMPLES
+    for stream, pcm in read_streams([path], split, found.reasons.append):
+        whole = F.pad(torch.from_numpy(pcm), (0, -len(pcm) % chunk_samples))
+        found.streams.append(stream)
+        found.raw.append(raw_log_mel(whole, chunk_samples).half())
+    return found
+
+
+def _write(
+    directory: Path, shards: Sequence[Path], split: str, chunk_frames: int, skipped: Report, workers: int
+) -> None:
+    def make(number: int) -> _Shard:
+        return _shard(shards[number], split, chunk_frames)
+
+    first, streams, reasons = [0], list[dict[str, Any]](), list[str]()
+    tell = also(reasons, skipped)
     with (directory / FRAMES).open("wb") as file:
-        for stream, pcm in read_streams(shards, split, also(reasons, skipped)):
-            whole = F.pad(torch.from_numpy(pcm), (0, -len(pcm) % chunk_samples))
-            raw = raw_log_mel(whole, chunk_samples)
-            file.write(raw.half().numpy().tobytes())
-            first.append(first[-1] + len(raw))
-            streams.append(dataclasses.asdict(stream))
+        for shard in made(make, range(len(shards)), workers, ahead=1):
+            for reason in shard.reasons:
+                tell(reason)
+            for stream, raw in zip(shard.streams, shard.raw, strict=True):
+                file.write(raw.numpy().tobytes())
+                first.append(first[-1] + len(raw))
+                streams.append(dataclasses.asdict(stream))
     if not streams:
         raise nothing_usable(split, shards, reasons)
     (directory / INDEX).write_text(json.dumps({"first": first, "streams": streams}), encoding="utf-8")

@@ -37,7 +37,7 @@ from ..checkpoint import TOKENIZER, load, save
 from ..config import ConfigError, ModelConfig
 from ..errors import FastloopError
 from ..text import Tokenizer
-from .ahead import drawn
+from .ahead import made
 from .batches import Batches, sound_classes, spoken
 from .features import FeatureSet, feature_set
 from .objective import LOSSES, Batch, Objective
@@ -48,6 +48,7 @@ from .trainable import Trainable, initial_weights
 
 STATE, LOG, PLOT = "state.ckpt", "log.csv", "loss.png"
 MODEL, STAGE, CONFIG, CLASSES, DATA = "model", "stage.json", "model.json", "classes.json", "data.json"
+BATCHES_AHEAD = 3  # that each process which draws them has ready
 ROOT = "model.root."  # prefix of the model's own weights in a state
 
 
@@ -92,7 +93,9 @@ class Trainer:
         workers: int | None = None,
         skipped: Report = print,
     ) -> None:
-        """workers: processes that draw batches ahead; None: on a GPU one for each core but one, else none."""
+        """workers: processes that make features and draw batches ahead; None: on a GPU one for each core but
+        one, on a CPU none.
+        """
         self.stage, self.out = stage, out
         self.fabric = make_fabric()
         self.fabric.launch()
@@ -178,7 +181,7 @@ class Trainer:
         else:
             raise TrainError(f"stage {self.stage.name!r} makes no model: give one to start from with --from")
         with self.fabric.rank_zero_first():
-            found = feature_set(shards, "train", frames, self.out / "features", skipped)
+            found = feature_set(shards, "train", frames, self.out / "features", skipped, self.workers)
         if not self.stage.abilities:
             return found
         kept = found.only(self.stage.abilities)
@@ -314,7 +317,8 @@ class Trainer:
         def draw(number: int) -> Batch:
             return (self.late if stage.is_late(number // of_a_step) else self.batches)[number]
 
-        return drawn(draw, range(self.step * of_a_step + rank, stage.steps * of_a_step, world), self.workers)
+        numbers = range(self.step * of_a_step + rank, stage.steps * of_a_step, world)
+        return made(draw, numbers, self.workers, ahead=BATCHES_AHEAD, pin=True)
 
     def close(self) -> None:
         """Leave the process group, if there is one: at the interpreter's end its threads would abort."""

@@ -264,7 +264,7 @@ def test_a_wrong_field_of_a_stage_is_named(change: dict[str, Any], words: str) -
 
 
 def test_the_shipped_stages_are_valid_and_their_rates_rise_stay_and_fall() -> None:
-    assert stage_names() == ["ablation", "adapter", "format", "instruct", "nano", "streaming"]
+    assert stage_names() == ["ablation", "adapter", "format", "instruct", "nano", "nano_gpu", "streaming"]
     for name in stage_names():
         stage = read_stage(name)
         assert stage.name == name
@@ -272,7 +272,7 @@ def test_the_shipped_stages_are_valid_and_their_rates_rise_stay_and_fall() -> No
         assert rates[0] < stage.peak_rate
         assert max(rates) == stage.peak_rate == rates[stage.warmup]
         assert 0 < rates[-1] < 0.01 * stage.peak_rate
-        assert (stage.model is not None) == (name in ("nano", "ablation"))
+        assert (stage.model is not None) == (name in ("nano", "nano_gpu", "ablation"))
     assert read_stage("ablation").model == read_stage("nano").model
 
 

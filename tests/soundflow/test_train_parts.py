@@ -116,6 +116,22 @@ def test_features_are_computed_once_and_kept_per_set_of_shards(tmp_path: Path) -
     assert len(list((tmp_path / "cache").iterdir())) == 1  # and nothing half made is left
 
 
+def test_features_made_by_several_processes_are_the_same(tmp_path: Path) -> None:
+    """In the order of the shards, whoever is ready first; and what is left out is told in that order."""
+    shards, told, alone = [], list[str](), list[str]()
+    for number, seconds in enumerate((9.0, 5.3, 4.1)):
+        (tmp_path / f"{number}").mkdir()
+        shards.append(two_streams(tmp_path / f"{number}", seconds=seconds))
+    for number in (0, 2):
+        with tarfile.open(shards[number], "a") as tar:
+            tar.addfile(tarfile.TarInfo(f"broken{number}.json"))
+    here = feature_set(shards, "train", 40, tmp_path / "here", alone.append)
+    there = feature_set(shards, "train", 40, tmp_path / "there", told.append, workers=2)
+    assert (here.streams, here.places) == (there.streams, there.places)
+    np.testing.assert_array_equal(here.frames, there.frames)
+    assert told == alone and ["broken0" in told[0], "broken2" in told[1]] == [True, True]
+
+
 def test_why_no_stream_can_be_used_is_said(tmp_path: Path) -> None:
     shard = tmp_path / "x.tar"
     with tarfile.open(shard, "w") as tar:
