@@ -107,6 +107,7 @@ EXTRAS = {
     "serve": ["starlette", "uvicorn", "msgspec", "prometheus-client"],
     "train": [
         "lightning",
+        "scipy",
         "webdataset",
         "jiwer",
         "matplotlib",

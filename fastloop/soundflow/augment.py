@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
+from scipy.signal import lfilter
 from torch import Tensor
 
 from ..config import HOP_SAMPLES, MEL_BINS, SAMPLE_RATE
 
+TEN = float(np.log(10))
 FLOOR = -10.0  # log10 of the least power the mel op gives
 REVERBERATION_S = (0.15, 0.6)  # in which the power of a room decays by 60 dB
 RING = (0.05, 0.5)  # power of a lasting sound off the walls, to what comes directly
@@ -78,7 +79,7 @@ def _warp_table(factor: float) -> tuple[Tensor, Tensor]:
 def warp(raw: Tensor, factor: float) -> Tensor:
     """Every frequency times `factor`: what was at f is now at factor x f."""
     low, part = _warp_table(factor)
-    return torch.lerp(raw[..., low], raw[..., low + 1], part)
+    return torch.lerp(raw.index_select(-1, low), raw.index_select(-1, low + 1), part)
 
 
 def draw_voice(raw: Tensor, settings: Augment, rng: np.random.Generator) -> Tensor:
@@ -109,20 +110,19 @@ def mix(raw: Tensor, noise: Tensor, level: float) -> Tensor:
     """The sum of powers; noise is repeated or cut to the same chunks, moved by `level` (log10 of power)."""
     times = -(-len(raw) // len(noise))
     other = noise.repeat(times, 1, 1)[: len(raw)] + level
-    ten = float(np.log(10))
-    return torch.logaddexp(raw * ten, other * ten) / ten
+    return torch.logaddexp(raw * TEN, other * TEN) / TEN
 
 
 def ring_on(raw: Tensor, reverberation_s: float, ring: float) -> Tensor:
     """raw [chunks, F, C] in a room: every frame's power comes again, decaying by 60 dB in reverberation_s;
     in all `ring` times as much as came directly.
     """
-    frames = torch.arange(1, max(2, round(reverberation_s * SAMPLE_RATE / HOP_SAMPLES)))
-    tail = 10 ** (-6 * frames * HOP_SAMPLES / SAMPLE_RATE / reverberation_s)
-    kernel = torch.cat((ring * tail.flip(0) / tail.sum(), torch.ones(1)))
-    power = 10 ** raw.flatten(0, 1).T  # [C, chunks F]
-    heard = F.conv1d(F.pad(power, (len(kernel) - 1, 0))[:, None], kernel[None, None])[:, 0]
-    return heard.T.clamp(min=10**FLOOR).log10().reshape(raw.shape)
+    decay = 10 ** (-6 * HOP_SAMPLES / SAMPLE_RATE / reverberation_s)  # from a frame to the next
+    power = torch.exp(raw.flatten(0, 1) * TEN)  # [chunks F, C]
+    before, after = np.array([[0, decay], [1, -decay]], dtype=np.float32)
+    tail = torch.from_numpy(lfilter(before, after, power.numpy(), axis=0))  # the sum of decay^k, k > 0
+    power += tail * (ring * (1 - decay) / decay)
+    return power.clamp(min=10**FLOOR).log10().view(raw.shape)
 
 
 def augment(raw: Tensor, settings: Augment, rng: np.random.Generator, noise: Tensor | None) -> Tensor:
