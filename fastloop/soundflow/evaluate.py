@@ -8,6 +8,7 @@ false triggers.
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import defaultdict
@@ -24,6 +25,7 @@ from .statistics import NOTHING, Figure, bootstrap, share
 WITHIN_S = 2.0  # so long after it is due an answer still counts
 ECHO_S = 0.8  # so long after its end a sound is taken for the cause of a false trigger
 KINDS = ("sound", "digits", "question")
+NOISE_DB = (5.0, 20.0)  # where the bands of `Scores.noise` part
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def match(stream: Stream, answers: Sequence[Answer]) -> Outcome:
 @dataclass(frozen=True)
 class Scores:
     """Figures by name, and of each label: share answered, share answered with the right words; of each
-    silent label: share of its clips that no false trigger followed.
+    silent label: share of its clips that no false trigger followed. noise: share answered with the right
+    words by how far a sound is above all else, where the truth says it (`snr_db` of a turn).
     """
 
     streams: int
@@ -94,6 +97,7 @@ class Scores:
     recall: dict[str, Figure]
     right: dict[str, Figure]
     silence: dict[str, Figure]
+    noise: dict[str, Figure]
 
 
 def score(outcomes: Sequence[Outcome]) -> Scores:
@@ -105,6 +109,7 @@ def score(outcomes: Sequence[Outcome]) -> Scores:
         recall=_by_label(outcomes, lambda turn, unit: unit is not None),
         right=_by_label(outcomes, lambda turn, unit: unit is not None and unit.text == turn.reply),
         silence=_silence_by_label(outcomes),
+        noise=_by_noise(outcomes),
     )
 
 
@@ -228,3 +233,20 @@ def _by_label(outcomes: Sequence[Outcome], hit: Callable[[Turn, Unit | None], bo
         for turn, unit in outcome.answered:
             counts[turn.label].append(hit(turn, unit))
     return {label: share(sum(hits), len(hits)) for label, hits in sorted(counts.items())}
+
+
+def _by_noise(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+    """Share answered with the right words, of every kind in every band of NOISE_DB."""
+    found: dict[str, Figure] = {}
+    for wanted in KINDS:
+        for low, high in itertools.pairwise((-math.inf, *NOISE_DB, math.inf)):
+            rights = [
+                unit is not None and unit.text == turn.reply
+                for outcome in outcomes
+                for turn, unit in outcome.answered
+                if kind(turn) == wanted and turn.snr_db is not None and low <= turn.snr_db < high
+            ]
+            band = f"{low:g} to {high:g}" if low > -math.inf and high < math.inf else ""
+            band = band or (f"below {high:g}" if high < math.inf else f"from {low:g}")
+            found[f"{wanted}, {band} dB"] = share(sum(rights), len(rights))
+    return {name: figure for name, figure in found.items() if figure.n}

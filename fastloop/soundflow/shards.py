@@ -46,7 +46,8 @@ class ShardError(FastloopError):
 class Turn:
     """One sound of a stream. reply None: silence is right. answer_s: the stream time from which the answer
     is due, None where none is; in a record it has a time if and only if there is a reply. All times in
-    seconds of the stream. background: it lies under what happens, and is nothing to be asked about.
+    seconds of the stream. background: it lies under what happens, and is nothing to be asked about. snr_db:
+    its level over all else that is heard with it, None where nobody knows.
     """
 
     user: str
@@ -58,6 +59,7 @@ class Turn:
     end_s: float
     answer_s: float | None
     background: bool = False
+    snr_db: float | None = None
 
 
 @dataclass(frozen=True)
@@ -232,6 +234,14 @@ class Fields:
     def optional_seconds(self, name: str) -> float | None:
         return None if self.values.get(name) is None else self.seconds(name)
 
+    def optional_decibels(self, name: str) -> float | None:
+        if self.values.get(name) is None:
+            return None
+        value = float(self._typed(name, (int, float), "decibels"))
+        if not math.isfinite(value):
+            raise ShardError(f"{self.where}{name}: must be decibels, is {value!r}")
+        return value
+
     def _typed(self, name: str, kind: Any, wanted: str) -> Any:
         value = self.values.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
@@ -285,6 +295,7 @@ def _turn(values: Any, index: int) -> Turn:
         end_s=fields.seconds("end_s"),
         answer_s=answer_s,
         background=reply is None and "snr_db" not in values,  # what happens has a level over all else
+        snr_db=fields.optional_decibels("snr_db"),
     )
     if turn.end_s < turn.start_s:
         raise ShardError(f"{where}end_s: {turn.end_s:g} is before start_s {turn.start_s:g}")

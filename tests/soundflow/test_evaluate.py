@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import re
@@ -312,3 +313,21 @@ def test_bad_input_is_one_line(tmp_path: Path, checkpoint: str) -> None:
         assert code == 2, said
         assert words in said
         assert "Traceback" not in said
+
+
+def test_right_words_are_told_by_how_far_a_sound_is_above_the_rest() -> None:
+    turns = [
+        dataclasses.replace(turn("spoken_digits", at, at + 0.4, str(i)), snr_db=snr)
+        for i, (at, snr) in enumerate(
+            ((1.0, 2.0), (3.0, 5.0), (5.0, 12.0), (7.0, 19.9), (9.0, 20.0), (11.0, None))
+        )
+    ]
+    answers = [
+        Answer(at, text, None) for at, text in ((1.8, "0"), (3.8, "7"), (5.8, "2"), (9.8, "4"), (11.8, "5"))
+    ]
+    noise = score([match(stream(*turns), answers)]).noise
+    assert {name: (figure.value, figure.n) for name, figure in noise.items()} == {
+        "digits, below 5 dB": (1.0, 1),
+        "digits, 5 to 20 dB": (pytest.approx(1 / 3), 3),
+        "digits, from 20 dB": (1.0, 1),
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +79,8 @@ def test_a_sample_that_cannot_be_used_is_named_and_the_others_are_read(tmp_path:
         ({"turns": record()["turns"][::-1]}, "time order"),
         ({"turns": [{**record()["turns"][1], "assistant": " "}]}, "assistant"),
         ({"turns": [{**record()["turns"][1], "end_s": 0.5}]}, "end_s"),
+        ({"turns": [{**record()["turns"][1], "snr_db": "loud"}]}, "snr_db: must be decibels, is 'loud'"),
+        ({"turns": [{**record()["turns"][1], "snr_db": math.inf}]}, "snr_db: must be decibels, is inf"),
     ],
 )
 def test_a_wrong_field_is_named(change: dict[str, Any], words: str) -> None:
