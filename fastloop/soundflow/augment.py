@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..config import HOP_SAMPLES, MEL_BINS, SAMPLE_RATE
 
-TEN = float(np.log(10))
+LN10 = float(np.log(10))
 FLOOR = -10.0  # log10 of the least power the mel op gives
 REVERBERATION_S = (0.15, 0.6)  # in which the power of a room decays by 60 dB
 RING = (0.05, 0.5)  # power of a lasting sound off the walls, to what comes directly
@@ -110,7 +110,7 @@ def mix(raw: Tensor, noise: Tensor, level: float) -> Tensor:
     """The sum of powers; noise is repeated or cut to the same chunks, moved by `level` (log10 of power)."""
     times = -(-len(raw) // len(noise))
     other = noise.repeat(times, 1, 1)[: len(raw)] + level
-    return torch.logaddexp(raw * TEN, other * TEN) / TEN
+    return torch.logaddexp(raw * LN10, other * LN10) / LN10
 
 
 def ring_on(raw: Tensor, reverberation_s: float, ring: float) -> Tensor:
@@ -118,7 +118,7 @@ def ring_on(raw: Tensor, reverberation_s: float, ring: float) -> Tensor:
     in all `ring` times as much as came directly.
     """
     decay = 10 ** (-6 * HOP_SAMPLES / SAMPLE_RATE / reverberation_s)  # from a frame to the next
-    power = torch.exp(raw.flatten(0, 1) * TEN)  # [chunks F, C]
+    power = torch.exp(raw.flatten(0, 1) * LN10)  # [chunks F, C]
     before, after = np.array([[0, decay], [1, -decay]], dtype=np.float32)
     tail = torch.from_numpy(lfilter(before, after, power.numpy(), axis=0))  # the sum of decay^k, k > 0
     power += tail * (ring * (1 - decay) / decay)
