@@ -131,17 +131,6 @@ def test_digits_cut_out_of_recordings_are_heard_alone_and_only_in_training(
     np.testing.assert_array_equal(heard, library.pcm(whole)[round(0.48 * 16_000) : round(0.82 * 16_000)])
 
 
-def test_speakers_are_heard_as_often_as_there_is_to_hear_of_them(library: Library) -> None:
-    outline = Outline("kitchen", 20.0, (), (), (Beat("spoken_digits", 1.0),))
-    counts = Counter[str]()
-    for seed in range(400):
-        plan = ground(np.random.default_rng(seed), outline, sub_task("digits_live"), library, "x")
-        source = plan.parts[0].sources[0]
-        if not voices.is_voice(source) and not library.clip(source).words:
-            counts[library.clip(source).group] += 1
-    assert counts["train-a"] == pytest.approx(counts.total() * 10 / 13, rel=0.2), counts
-
-
 def test_the_same_sound_going_on_is_answered_once(library: Library) -> None:
     sounds = [part("siren", "train-siren"), part("dog", "train-dog", 0.5), part("siren", "train-siren", 0.5)]
     turns = foreground(compose(plan(*sounds, seconds=20.0), library))

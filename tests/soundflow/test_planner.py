@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fastloop.soundflow import voices
 from fastloop.soundflow.abilities import sub_task, sub_tasks
 from fastloop.soundflow.clips import DataError
 from fastloop.soundflow.grammar import parse_scenario, read_scenarios, shipped_scenarios
 from fastloop.soundflow.grounding import ground
 from fastloop.soundflow.llm import KEY_VARIABLE, LlmPlanner, parse_beats
-from fastloop.soundflow.planner import GrammarPlanner, RandomPlanner
+from fastloop.soundflow.planner import GrammarPlanner, Outline, RandomPlanner
+from fastloop.soundflow.scripts import Beat
 from fastloop.soundflow.sounds import SYNTHETIC, Library, known_sounds, sound_of
 
 TINY = """
@@ -222,3 +224,14 @@ def test_what_a_plan_may_not_be(content: str, named: str) -> None:
     with pytest.raises(DataError) as error:
         parse_beats(content, {"dog": 1.0}, 2)
     assert named in str(error.value)
+
+
+def test_speakers_are_heard_as_often_as_there_is_to_hear_of_them(library: Library) -> None:
+    outline = Outline("kitchen", 20.0, (), (), (Beat("spoken_digits", 1.0),))
+    counts = Counter[str]()
+    for seed in range(400):
+        plan = ground(np.random.default_rng(seed), outline, sub_task("digits_live"), library, "x")
+        source = plan.parts[0].sources[0]
+        if not voices.is_voice(source) and not library.clip(source).words:
+            counts[library.clip(source).group] += 1
+    assert counts["train-a"] == pytest.approx(counts.total() * 10 / 13, rel=0.2), counts
