@@ -37,8 +37,8 @@ def train_command(
     """Train a model, or go on with one.
 
     \b
-    Stages: format, adapter, streaming, instruct (in this order, for a large model); nano (all in one);
-    ablation (few steps, for fastloop.soundflow.ablation).
+    Stages: format, adapter, streaming, instruct (in this order, for a large model);
+    nano, nano_gpu (all in one); ablation (few steps, for fastloop.soundflow.ablation).
     Examples:
       fastloop train nano --data corpus --out runs/nano
       fastloop train nano --data corpus --out runs/nano --resume
