@@ -8,7 +8,6 @@ false triggers.
 
 from __future__ import annotations
 
-import itertools
 import math
 import statistics
 from collections import defaultdict
@@ -25,7 +24,11 @@ from .statistics import NOTHING, Figure, bootstrap, share
 WITHIN_S = 2.0  # so long after it is due an answer still counts
 ECHO_S = 0.8  # so long after its end a sound is taken for the cause of a false trigger
 KINDS = ("sound", "digits", "question")
-NOISE_DB = (5.0, 20.0)  # where the bands of `Scores.noise` part
+NOISE_DB = {  # the bands of `Scores.noise`: from .. below
+    "below 5 dB": (-math.inf, 5.0),
+    "5 to 20 dB": (5.0, 20.0),
+    "from 20 dB": (20.0, math.inf),
+}
 
 
 @dataclass(frozen=True)
@@ -239,14 +242,12 @@ def _by_noise(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
     """Share answered with the right words, of every kind in every band of NOISE_DB."""
     found: dict[str, Figure] = {}
     for wanted in KINDS:
-        for low, high in itertools.pairwise((-math.inf, *NOISE_DB, math.inf)):
+        for band, (low, high) in NOISE_DB.items():
             rights = [
                 unit is not None and unit.text == turn.reply
                 for outcome in outcomes
                 for turn, unit in outcome.answered
                 if kind(turn) == wanted and turn.snr_db is not None and low <= turn.snr_db < high
             ]
-            band = f"{low:g} to {high:g}" if low > -math.inf and high < math.inf else ""
-            band = band or (f"below {high:g}" if high < math.inf else f"from {low:g}")
-            found[f"{wanted}, {band} dB"] = share(sum(rights), len(rights))
+            found[f"{wanted}, {band}"] = share(sum(rights), len(rights))
     return {name: figure for name, figure in found.items() if figure.n}

@@ -95,7 +95,7 @@ def feature_set(
 
 @dataclass
 class _Shard:
-    """What one shard holds: streams, the float16 features of each, and why others were left out."""
+    """What one shard holds, all in memory: streams, float16 features of each, why others were left out."""
 
     streams: list[Stream]
     raw: list[Tensor]

@@ -141,7 +141,7 @@ class Library:
         self.cuts = {cut.id: cut for clip in trained for cut in digit_cuts(clip)}
         self.singles: dict[str, list[Clip]] = {}
         for clip in (*self.filed.get("spoken_digits", ()), *self.cuts.values()):
-            if len(clip.text.split()) == 1:
+            if not clip.words:  # else it is rendered by them, and is a string of its own
                 self.singles.setdefault(clip.group, []).append(clip)
         self.unreadable: dict[str, str] = {}
         self._sounds, self._prepared = Cache(), Cache()

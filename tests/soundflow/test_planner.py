@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -234,4 +235,5 @@ def test_speakers_are_heard_as_often_as_there_is_to_hear_of_them(library: Librar
         source = plan.parts[0].sources[0]
         if not voices.is_voice(source) and not library.clip(source).words:
             counts[library.clip(source).group] += 1
-    assert counts["train-a"] == pytest.approx(counts.total() * 10 / 13, rel=0.2), counts
+    n, p = counts.total(), 10 / 13  # ten clips of it, and three cuts of recordings
+    assert abs(counts["train-a"] - n * p) < 4 * math.sqrt(n * p * (1 - p)), counts
