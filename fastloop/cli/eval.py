@@ -96,6 +96,8 @@ def streams_command(
         console.print(scorecard.figures_table("right words, by label", scores.right))
         console.print(scorecard.figures_table("silence kept, by label", scores.silence))
         console.print(scorecard.figures_table("right words, by level over all else", scores.noise))
+        if scores.questions:
+            console.print(scorecard.figures_table("right answers, by question", scores.questions))
         if out is not None:
             head = {"model": model, "fingerprint": loaded.fingerprint, "dtype": dtype, "options": how}
             scorecard.write_json(out / "streams.json", {**head, "skipped": skipped, "scores": scores})

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import jiwer
 
 from .hear import Answer
+from .questions import form
 from .sequence import written
 from .shards import Stream, Turn
 from .statistics import NOTHING, Figure, bootstrap, share
@@ -91,7 +92,9 @@ def match(stream: Stream, answers: Sequence[Answer]) -> Outcome:
 class Scores:
     """Figures by name, and of each label: share answered, share answered with the right words; of each
     silent label: share of its clips that no false trigger followed. noise: share answered with the right
-    words by how far a sound is above all else, where the truth says it (`snr_db` of a turn).
+    words by how far a sound is above all else, where the truth says it (`snr_db` of a turn). questions: share
+    of questions answered right, by their form, and by whether an answer before was missed, other or unwanted:
+    a model reads its own answers, too.
     """
 
     streams: int
@@ -101,6 +104,7 @@ class Scores:
     right: dict[str, Figure]
     silence: dict[str, Figure]
     noise: dict[str, Figure]
+    questions: dict[str, Figure]
 
 
 def score(outcomes: Sequence[Outcome]) -> Scores:
@@ -113,6 +117,7 @@ def score(outcomes: Sequence[Outcome]) -> Scores:
         right=_by_label(outcomes, lambda turn, unit: unit is not None and unit.text == turn.reply),
         silence=_silence_by_label(outcomes),
         noise=_by_noise(outcomes),
+        questions=_by_question(outcomes),
     )
 
 
@@ -251,3 +256,18 @@ def _by_noise(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
             ]
             found[f"{wanted}, {band}"] = share(sum(rights), len(rights))
     return {name: figure for name, figure in found.items() if figure.n}
+
+
+def _by_question(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
+    """Share answered with the right words, of every form of question, and after right and wrong answers."""
+    found: dict[str, list[bool]] = defaultdict(list)
+    for outcome in outcomes:
+        wrong_s = [unit.t_s for unit in outcome.false]
+        wrong_s += [t.answer_s or 0.0 for t, unit in outcome.answered if unit is None or unit.text != t.reply]
+        for turn, unit in outcome.answered:
+            if kind(turn) == "question":
+                right = unit is not None and unit.text == turn.reply
+                strayed = any(at_s < turn.start_s for at_s in wrong_s)
+                for name in (form(turn.user), "after a mistake" if strayed else "after none"):
+                    found[name].append(right)
+    return {name: share(sum(rights), len(rights)) for name, rights in sorted(found.items())}

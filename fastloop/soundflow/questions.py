@@ -84,6 +84,15 @@ def _question(rng: Rng, heard: Sequence[str], background: Collection[str]) -> st
     return (COUNT if kind == "count" else WHETHER).format(about)
 
 
+def form(text: str) -> str:
+    """The question with {} for what it names; the text itself where it names nothing that is known."""
+    for asked in (COUNT, WHETHER):
+        before, after = asked.split("{}")
+        if text.startswith(before) and text.endswith(after):
+            return asked
+    return text
+
+
 def answer(text: str, labels: Sequence[str], background: Collection[str] = ()) -> Reply | None:
     """The true answer to a question in these words; None where it has none, or a bed may be meant."""
     heard = [_words(label) for label in _heard(labels)]
@@ -92,15 +101,15 @@ def answer(text: str, labels: Sequence[str], background: Collection[str] = ()) -
         return _sentence(words.pop()) if len(words) == 1 else None
     if text in (FIRST, LAST):
         return _sentence(heard[0 if text == FIRST else -1]) if heard else None
-    for asked in (COUNT, WHETHER):
-        before, after = asked.split("{}")
-        if text.startswith(before) and text.endswith(after):
-            about = text.removeprefix(before).removesuffix(after)
-            times = heard.count(about)
-            if about in {_words(label) for label in background}:
-                return None
-            if asked == WHETHER:
-                # Names what it speaks of: from a lone yes or no a model learns no word of the question.
-                return Reply(f"{about[0].upper()}{about[1:]}? {'Yes' if times else 'No'}.", "normal")
-            return Reply(f"{times}.", "normal") if times else None
-    return None
+    asked = form(text)
+    if asked not in (COUNT, WHETHER):
+        return None
+    before, after = asked.split("{}")
+    about = text.removeprefix(before).removesuffix(after)
+    times = heard.count(about)
+    if about in {_words(label) for label in background}:
+        return None
+    if asked == WHETHER:
+        # Names what it speaks of: from a lone yes or no a model learns no word of the question.
+        return Reply(f"{about[0].upper()}{about[1:]}? {'Yes' if times else 'No'}.", "normal")
+    return Reply(f"{times}.", "normal") if times else None

@@ -331,3 +331,28 @@ def test_right_words_are_told_by_how_far_a_sound_is_above_the_rest() -> None:
         "digits, 5 to 20 dB": (pytest.approx(1 / 3), 3),
         "digits, from 20 dB": (1.0, 1),
     }
+
+
+def test_questions_are_told_by_their_form_and_by_what_was_answered_before() -> None:
+    def asked(text: str, at_s: float, reply: str) -> Turn:
+        return dataclasses.replace(turn("question", at_s, at_s + 2, reply), user=text)
+
+    first = [
+        turn("siren", 1.0, 4.0, "A siren!", 2.0),
+        asked("what did you hear last?", 6.0, "A siren."),
+        turn("dog", 9.0, 10.0, None),
+        asked("did you hear a dog?", 12.0, "A dog? Yes."),
+        asked("did you hear a cat?", 16.0, "A cat? No."),
+    ]
+    heard = [Answer(2.4, "A siren!", None), Answer(8.4, "A siren.", None), Answer(9.6, "A siren!", None)]
+    heard += [Answer(14.4, "A dog? No.", None), Answer(18.4, "A cat? No.", None)]
+    second = [turn("siren", 1.0, 4.0, "A siren!", 2.0), asked("what did you hear last?", 6.0, "A siren.")]
+    missed = [Answer(8.4, "A siren.", None)]
+    found = score([match(stream(*first), heard), match(stream(*second, name="t"), missed)]).questions
+    assert {name: (figure.value, figure.n) for name, figure in found.items()} == {
+        "after a mistake": (pytest.approx(2 / 3), 3),
+        "after none": (1.0, 1),
+        "did you hear {}?": (0.5, 2),
+        "what did you hear last?": (1.0, 2),
+    }
+    assert score([match(stream(turn("siren", 1.0, 4.0, "A siren!")), [])]).questions == {}
