@@ -1,6 +1,7 @@
 """A training stage: what a YAML file says about one run, checked; and a new model's dims, where it makes one.
 
 name, steps                      how it is called, optimiser steps in all
+extends                          another stage, whose fields hold where this one says nothing
 model                            dims of a new model; without it a run starts from --from
 trains, abilities                weights that move (prefixes of names); abilities of the streams it reads
 peak_rate, warmup, decay, ...    AdamW and its schedule
@@ -132,8 +133,18 @@ def stage_names() -> list[str]:
 
 def read_stage(name_or_path: str) -> Stage:
     """A stage of the package by name, or any YAML file; ConfigError names the field that is wrong."""
+    values, where = _fields(name_or_path, Path(), ())
+    return stage_from(values, where)
+
+
+def _fields(name_or_path: str, beside: Path, read: tuple[Path, ...]) -> tuple[Any, str]:
+    """What a stage file says, over what the stage says that it extends (loss, batch, ... field by field), and
+    where that was read. beside: the folder that a path is relative to; read: the files that led here.
+    """
     shipped = STAGES / f"{name_or_path}.yaml"
-    path = shipped if name_or_path in stage_names() else Path(name_or_path)
+    path = shipped if name_or_path in stage_names() else beside / name_or_path
+    if path in read:
+        raise ConfigError(f"{path}: extends itself, by way of {', '.join(map(str, read))}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
@@ -143,7 +154,20 @@ def read_stage(name_or_path: str) -> Stage:
         ) from error
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    return stage_from(values, str(path))
+    if not isinstance(values, dict) or "extends" not in values:
+        return values, str(path)
+    base = values.pop("extends")
+    if not isinstance(base, str):
+        raise ConfigError(f"{path}: extends: must be the name or the file of a stage, got {base!r}")
+    under, _ = _fields(base, path.parent, (*read, path))
+    return _over(values, under), str(path)
+
+
+def _over(values: Any, under: Any) -> Any:
+    """`values` where they say something, else `under`; mappings field by field."""
+    if not isinstance(values, dict) or not isinstance(under, dict):
+        return values
+    return under | {name: _over(value, under.get(name)) for name, value in values.items()}
 
 
 def stage_from(values: Any, where: str) -> Stage:

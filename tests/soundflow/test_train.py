@@ -276,6 +276,39 @@ def test_the_shipped_stages_are_valid_and_their_rates_rise_stay_and_fall() -> No
     assert read_stage("ablation").model == read_stage("nano").model
 
 
+def test_a_stage_says_how_it_differs_from_the_one_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "more.yaml").write_text(
+        "extends: nano\nname: more\nsteps: 25000\nmodel:\n  decoder: {layers: 6}\nlate: null\n"
+    )
+    (tmp_path / "most.yaml").write_text(
+        "extends: more.yaml\nname: most\nbatch: {asks: 0.9}\nprompts: [Hello.]\n"
+    )
+    nano, most = read_stage("nano"), read_stage(str(tmp_path / "most.yaml"))
+    assert nano.model is not None
+    model = dataclasses.replace(nano.model, decoder=nano.model.decoder | {"layers": 6})
+    batch = dataclasses.replace(nano.batch, asks=0.9)
+    assert most == dataclasses.replace(
+        nano, name="most", steps=25000, model=model, late=None, batch=batch, prompts=("Hello.",)
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("extends: a.yaml", "a.yaml: extends itself"),
+        ("extends: b.yaml", "a.yaml: extends itself, by way of .*a.yaml, .*b.yaml"),
+        ("extends: [nano]", "a.yaml: extends: must be the name or the file"),
+        ("extends: none", "stage 'none': cannot be read.*known stages: ablation"),
+        ("extends: nano\nbatch: {chunk: 1}", "a.yaml.*batch"),
+    ],
+)
+def test_what_is_wrong_with_an_extended_stage_is_said(tmp_path: Path, text: str, words: str) -> None:
+    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "b.yaml").write_text("extends: a.yaml")
+    with pytest.raises(ConfigError, match=words):
+        read_stage(str(tmp_path / "a.yaml"))
+
+
 def test_a_longer_stage_goes_on_from_a_shorter_one_until_the_rate_falls() -> None:
     short, long = tiny(steps=6), tiny(steps=60)
     assert long.same_path(short, 5)
