@@ -19,7 +19,6 @@ from ..config import ConfigError, ModelConfig
 from ..text import Tokenizer
 from .augment import Augment, augment, draw_tempo, draw_voice, stretch
 from .features import FeatureSet, clamp
-from .mistakes import Mistakes, tempting_chunks
 from .objective import Batch, collate
 from .questions import QUESTION, answer, ask
 from .sequence import build, due_chunk, steps_of
@@ -45,8 +44,6 @@ class BatchPlan:
     asks: chance that an excerpt is followed by a question about the row so far, in a recording of the same
         words from any stream.
     other_prompt: chance that a row has another system prompt than the model's own.
-    mistakes: chance that the history misses an answer, that it gives another, that it answers what is to be
-        ignored.
     """
 
     chunks: int = 384
@@ -56,7 +53,6 @@ class BatchPlan:
     around: int = 6
     asks: float = 0.0
     other_prompt: float = 0.3
-    mistakes: float = 0.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows_s, (list, tuple)) or not self.rows_s:
@@ -122,8 +118,6 @@ class Batches:
         self.weights = self._weights()
         self.answers, self.ignored = self._places()
         self.recorded = self._recorded()
-        turns = [turn for stream in features.streams for turn in stream.turns]
-        self.mistakes = Mistakes(turns, plan.mistakes)
 
     def _places(self) -> tuple[Places, Places]:
         """The chunk of every answer but those to questions, and one of everything that happens and is not
@@ -181,8 +175,6 @@ class Batches:
             if self.prompts and rng.random() < self.plan.other_prompt:
                 prompt = str(rng.choice(self.prompts))
             steps = steps_of(turns, len(raw), chunk_s, rng)
-            if self.plan.mistakes:
-                steps = self.mistakes.make(steps, tempting_chunks(turns, len(raw), chunk_s), rng)
             frames.append(clamp(augment(raw, self.augment, rng, self._noise(rng))))
             active.append(self._active(turns, len(raw)))
             past.append(self._past(turns, len(raw)))
