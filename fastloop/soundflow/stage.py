@@ -143,7 +143,7 @@ def _fields(name_or_path: str, beside: Path, read: tuple[Path, ...]) -> tuple[An
     """
     shipped = STAGES / f"{name_or_path}.yaml"
     path = shipped if name_or_path in stage_names() else beside / name_or_path
-    if path in read:
+    if any(path.resolve() == other.resolve() for other in read):
         raise ConfigError(f"{path}: extends itself, by way of {', '.join(map(str, read))}")
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -297,13 +297,14 @@ def test_a_stage_says_how_it_differs_from_the_one_it_extends(tmp_path: Path) -> 
     [
         ("extends: a.yaml", "a.yaml: extends itself"),
         ("extends: b.yaml", "a.yaml: extends itself, by way of .*a.yaml, .*b.yaml"),
+        ("extends: ../{here}/a.yaml", "a.yaml: extends itself"),
         ("extends: [nano]", "a.yaml: extends: must be the name or the file"),
         ("extends: none", "stage 'none': cannot be read.*known stages: ablation"),
         ("extends: nano\nbatch: {chunk: 1}", "a.yaml.*batch"),
     ],
 )
 def test_what_is_wrong_with_an_extended_stage_is_said(tmp_path: Path, text: str, words: str) -> None:
-    (tmp_path / "a.yaml").write_text(text)
+    (tmp_path / "a.yaml").write_text(text.replace("{here}", tmp_path.name))
     (tmp_path / "b.yaml").write_text("extends: a.yaml")
     with pytest.raises(ConfigError, match=words):
         read_stage(str(tmp_path / "a.yaml"))
