@@ -268,6 +268,6 @@ def _by_question(outcomes: Sequence[Outcome]) -> dict[str, Figure]:
             if kind(turn) == "question":
                 right = unit is not None and unit.text == turn.reply
                 strayed = any(at_s < turn.start_s for at_s in wrong_s)
-                for name in (form(turn.user), "after a mistake" if strayed else "after none"):
+                for name in (form(turn.user)[0], "after a mistake" if strayed else "after none"):
                     found[name].append(right)
     return {name: share(sum(rights), len(rights)) for name, rights in sorted(found.items())}

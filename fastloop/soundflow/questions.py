@@ -84,13 +84,13 @@ def _question(rng: Rng, heard: Sequence[str], background: Collection[str]) -> st
     return (COUNT if kind == "count" else WHETHER).format(about)
 
 
-def form(text: str) -> str:
-    """The question with {} for what it names; the text itself where it names nothing that is known."""
+def form(text: str) -> tuple[str, str]:
+    """A question, with {} for what it names, and that; the text itself and "" where it names nothing."""
     for asked in (COUNT, WHETHER):
         before, after = asked.split("{}")
         if text.startswith(before) and text.endswith(after):
-            return asked
-    return text
+            return asked, text.removeprefix(before).removesuffix(after)
+    return text, ""
 
 
 def answer(text: str, labels: Sequence[str], background: Collection[str] = ()) -> Reply | None:
@@ -101,11 +101,9 @@ def answer(text: str, labels: Sequence[str], background: Collection[str] = ()) -
         return _sentence(words.pop()) if len(words) == 1 else None
     if text in (FIRST, LAST):
         return _sentence(heard[0 if text == FIRST else -1]) if heard else None
-    asked = form(text)
+    asked, about = form(text)
     if asked not in (COUNT, WHETHER):
         return None
-    before, after = asked.split("{}")
-    about = text.removeprefix(before).removesuffix(after)
     times = heard.count(about)
     if about in {_words(label) for label in background}:
         return None
