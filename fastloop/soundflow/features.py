@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import FFT_SAMPLES, HOP_SAMPLES, MEL_BINS
-from ..files import new_directory
+from ..files import CheckpointError, new_directory
 from ..ops.mel import mel_filters
 from .ahead import made
 from .shards import Report, Stream, Turn, also, nothing_usable, read_streams
@@ -88,8 +88,12 @@ def feature_set(
     if not directory.is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         size = 2 * sum(path.stat().st_size for path in shards)
-        with new_directory(directory, size) as partial:
-            _write(partial, shards, split, chunk_frames, skipped, workers)
+        try:
+            with new_directory(directory, size) as partial:
+                _write(partial, shards, split, chunk_frames, skipped, workers)
+        except CheckpointError:
+            if not directory.is_dir():  # else another process has made the same meanwhile
+                raise
     return _open(directory, chunk_frames)
 
 
