@@ -36,6 +36,8 @@ class Augment:
     mask: chance that two bands of up to 16 bins are blanked (SpecAugment, arXiv 1904.08779).
     room: chance that a row is heard in a room: its powers ring on, exponentially decaying.
     tempo: every second row is played 1 - tempo .. 1 + tempo times as fast, at its own pitch.
+    share: of the rows that are moved at all. A rustle or a roar has no pitch or words by which it is known
+        in a room, over a telephone or with bands blanked; in a row that is left alone it is.
     """
 
     gain_db: tuple[float, float] = (0.0, 0.0)
@@ -46,9 +48,15 @@ class Augment:
     mask: float = 0.0
     room: float = 0.0
     tempo: float = 0.0
+    share: float = 1.0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "gain_db", tuple(self.gain_db))  # a list, where it comes from YAML or JSON
+
+
+def draw_settings(settings: Augment, rng: np.random.Generator) -> Augment:
+    """What one row is moved by: `settings`, or nothing."""
+    return settings if settings.share >= 1 or rng.random() < settings.share else Augment()
 
 
 def mel_to_hz(mel: np.ndarray) -> np.ndarray:

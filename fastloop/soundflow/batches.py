@@ -7,8 +7,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -17,12 +17,12 @@ from torch import Tensor
 
 from ..config import ConfigError, ModelConfig
 from ..text import Tokenizer
-from .augment import Augment, augment, draw_tempo, draw_voice, stretch
+from .augment import Augment, augment, draw_settings, draw_tempo, draw_voice, stretch
 from .features import FeatureSet, clamp
 from .objective import Batch, collate
-from .questions import QUESTION, answer, ask
+from .questions import answer, ask
 from .sequence import build, due_chunk, steps_of
-from .shards import Stream, Turn
+from .shards import QUESTION, Stream, Turn
 from .sounds import DIGITS, sound_of
 
 LONGEST_EXCERPT = 40  # chunks
@@ -43,6 +43,7 @@ class BatchPlan:
     around: most chunks of an excerpt before the answer, and from it on.
     asks: chance that an excerpt is followed by a question about the row so far, in a recording of the same
         words from any stream.
+    often: label of a sound -> how many times as often as `balance` says there are excerpts around it.
     other_prompt: chance that a row has another system prompt than the model's own.
     """
 
@@ -52,12 +53,16 @@ class BatchPlan:
     excerpts: float = 0.0
     around: int = 6
     asks: float = 0.0
+    often: Mapping[str, float] = field(default_factory=dict)
     other_prompt: float = 0.3
 
     def __post_init__(self) -> None:
         if not isinstance(self.rows_s, (list, tuple)) or not self.rows_s:
             raise ConfigError(f"BatchPlan.rows_s: must be a list of seconds, got {self.rows_s!r}")
         object.__setattr__(self, "rows_s", tuple(self.rows_s))  # a list, where it comes from YAML or JSON
+        often = self.often.values() if isinstance(self.often, Mapping) else [None]
+        if not all(isinstance(times, (int, float)) and 0 <= times < math.inf for times in often):
+            raise ConfigError(f"BatchPlan.often: must be label -> number from 0 on, got {self.often!r}")
 
 
 def heard_as(turn: Turn) -> str:
@@ -129,11 +134,13 @@ class Batches:
                 if turn.label == QUESTION:
                     continue
                 if turn.answer_s is not None:
-                    answers.append(Place(index, self._chunk(index, turn.answer_s), answer_class(turn)))
+                    answers.append(
+                        Place(index, self._chunk(index, turn.answer_s), answer_class(turn), turn.label)
+                    )
                 elif not turn.background:
                     heard_s = min(turn.start_s + 1.0, turn.end_s)
-                    ignored.append(Place(index, self._chunk(index, heard_s), turn.label))
-        return Places(answers, self.plan.balance), Places(ignored, self.plan.balance)
+                    ignored.append(Place(index, self._chunk(index, heard_s), turn.label, turn.label))
+        return Places(answers, self.plan), Places(ignored, self.plan)
 
     def _chunk(self, index: int, at_s: float) -> int:
         """The chunk of a stream at whose end what is due at at_s can be given."""
@@ -170,22 +177,24 @@ class Batches:
         length = max(1, round(float(rng.choice(self.plan.rows_s)) / chunk_s))
         frames, active, past, sequences = [], [], [], []
         for _ in range(max(1, self.plan.chunks // length)):
-            raw, turns = self._row(rng, length, draw_tempo(self.augment, rng))
+            moved = draw_settings(self.augment, rng)
+            raw, turns = self._row(rng, length, moved)
             prompt = None
             if self.prompts and rng.random() < self.plan.other_prompt:
                 prompt = str(rng.choice(self.prompts))
             steps = steps_of(turns, len(raw), chunk_s, rng)
-            frames.append(clamp(augment(raw, self.augment, rng, self._noise(rng))))
+            frames.append(clamp(augment(raw, moved, rng, self._noise(rng))))
             active.append(self._active(turns, len(raw)))
             past.append(self._past(turns, len(raw)))
             sequences.append(build(self.config, self.tokenizer, steps, prompt))
         fill = self.config.tokens.audio_begin
         return collate(torch.cat(frames), torch.cat(active), torch.cat(past), sequences, fill)
 
-    def _row(self, rng: np.random.Generator, length: int, tempo: float) -> tuple[Tensor, list[Turn]]:
-        """Streams joined, played at `tempo` and cut to `length` chunks: raw features, and the turns in the
-        row's time. What is asked is asked about the row.
+    def _row(self, rng: np.random.Generator, length: int, moved: Augment) -> tuple[Tensor, list[Turn]]:
+        """Streams joined, in voices and at a tempo that `moved` allows, and cut to `length` chunks: raw
+        features, and the turns in the row's time. What is asked is asked about the row.
         """
+        tempo = draw_tempo(moved, rng)
         row = _Row(self.features, self.config.chunk_seconds)
         wanted = math.ceil(length * tempo)
         short = rng.random() < self.plan.excerpts
@@ -199,7 +208,7 @@ class Batches:
                 recordings = self.recorded.get(ask(rng, row.heard, row.behind).text)
                 if recordings:
                     row.add(*recordings[int(rng.integers(len(recordings)))])
-        voices = [draw_voice(part, self.augment, rng) for part in row.parts]
+        voices = [draw_voice(part, moved, rng) for part in row.parts]
         raw, turns = torch.cat(voices)[:wanted], row.turns
         if tempo != 1:
             raw, turns = stretch(raw, tempo, length), [played(turn, tempo) for turn in turns]
@@ -212,7 +221,7 @@ class Batches:
         roll = rng.random()
         places = self.ignored if roll < IGNORED and self.ignored.found else self.answers
         if places.found and roll < 1 - ANYWHERE:
-            index, at, _ = places.draw(rng)
+            index, at, *_ = places.draw(rng)
         else:
             index = int(rng.integers(len(self.features.streams)))
             at = int(rng.integers(self.features.chunks(index)))
@@ -252,20 +261,23 @@ class Batches:
 
 
 class Place(NamedTuple):
-    """A chunk to make an excerpt around, and the class of what is there."""
+    """A chunk to make an excerpt around, the class of what is there, and its label."""
 
     stream: int
     chunk: int
     kind: str
+    label: str
 
 
 class Places:
-    """Places, where the chance of each is count^-balance of its class."""
+    """Places, where the chance of each is count^-balance of its class, times `often` of its label."""
 
-    def __init__(self, found: Sequence[Place], balance: float) -> None:
+    def __init__(self, found: Sequence[Place], plan: BatchPlan) -> None:
         self.found = found
         counts = _shared(Counter(place.kind for place in found))
-        self.until = np.cumsum([counts[place.kind] ** -balance for place in found])
+        often = [plan.often.get(place.label, 1.0) for place in found]
+        rare = [counts[place.kind] ** -plan.balance for place in found]
+        self.until = np.cumsum(np.array(often) * np.array(rare))
 
     def draw(self, rng: np.random.Generator) -> Place:
         """One of them, by chance."""

@@ -16,11 +16,11 @@ from ..config import SAMPLE_RATE
 from . import voices
 from .grammar import Rule
 from .grounding import Layer, Part, Plan
-from .questions import QUESTION, ask
+from .questions import ask
 from .render import SETTLE_S, WEAKEST, Rendered, Span, audible, clip_sound, render
 from .scenes import GAP_SAME_S, audible_rms, tilt
 from .sequence import Reply
-from .shards import SILENCE
+from .shards import QUESTION, SILENCE
 from .sounds import GENERATORS, SYNTHETIC, Library, sound_of
 from .synth import Rng, samples
 from .tfjp import HALF_CHUNK_S, join

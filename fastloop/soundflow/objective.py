@@ -35,7 +35,8 @@ class Batch(NamedTuple):
     """frames float32 [N, F, C], the chunks of all rows in order; ids, labels int64 [B, T]; audio bool
     [B, T], true at the slots of the audio tokens, N x A of them; active bool [N, A, K]: which of the K
     classes are heard under each audio token; past bool [N, 3, K]: which were heard in the row until the
-    chunk ends, at all, first and last; digits bool [B, T]: the decisions where digits are to be written.
+    chunk ends, at all, first and last; digits, alerts bool [B, T]: the decisions where digits are to be
+    written, and where an answer is due that is neither digits nor to a question.
     """
 
     frames: Tensor
@@ -45,6 +46,7 @@ class Batch(NamedTuple):
     active: Tensor
     past: Tensor
     digits: Tensor
+    alerts: Tensor
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -63,10 +65,10 @@ def collate(
 
     ids = stack([s.ids for s in sequences], fill)
     labels = stack([s.labels for s in sequences], IGNORED)
-    audio, digits = (
-        stack(rows, False) for rows in ([s.audio for s in sequences], [s.digits for s in sequences])
+    audio, digits, alerts = (
+        stack([getattr(s, name) for s in sequences], False) for name in ("audio", "digits", "alerts")
     )
-    return Batch(frames, ids, labels, audio, active, past, digits)
+    return Batch(frames, ids, labels, audio, active, past, digits, alerts)
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ class Weighting:
 
     silence_weight: how much more than a missed answer one too many costs. A decision is right at
     p(respond) > silence_weight / (1 + silence_weight) of what the data says; the model learns odds that are
-    so much lower, and decides at 0.5 all the same.  digits_weight: how much more than other missed answers
-    digits cost that are not written.
+    so much lower, and decides at 0.5 all the same.  digits_weight, alerts_weight: how much more than a missed
+    answer to a question digits cost that are not written, and anything else that is not answered.
     """
 
     text_weight: float = 1.0
@@ -86,6 +88,7 @@ class Weighting:
     recalled_weight: float = 0.0
     silence_weight: float = 1.0
     digits_weight: float = 1.0
+    alerts_weight: float = 1.0
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -125,7 +128,8 @@ class Objective(nn.Module):
         speaks = learned & ~decides
         logits = decoder.logits(before[decides])[:, [t.keep_silence, t.text_begin]].float()
         respond = (labels[decides] == t.text_begin).long()
-        control = self._control(logits, respond, batch.digits[:, 1:][decides])
+        kinds = (kind[:, 1:][decides] for kind in (batch.digits, batch.alerts))
+        control = self._control(logits, respond, *kinds)
         text = F.cross_entropy(decoder.logits(before[speaks]).float(), labels[speaks], reduction="sum")
         text = text / speaks.sum().clamp(min=1)
         w = self.weighting
@@ -138,12 +142,13 @@ class Objective(nn.Module):
         parts = (control, text, *probes, *shares)
         return torch.stack([total, *(part.detach().float() for part in parts)])
 
-    def _control(self, logits: Tensor, respond: Tensor, digits: Tensor) -> Tensor:
+    def _control(self, logits: Tensor, respond: Tensor, digits: Tensor, alerts: Tensor) -> Tensor:
         """Mean cross-entropy of decisions, each by what an error costs; logits [N, 2], respond int64 [N],
-        digits bool [N]: an answer that is digits.
+        digits, alerts bool [N]: what an answer is.
         """
         w = self.weighting
-        costs = logits.new_tensor([w.silence_weight, 1.0])[respond] * (1 + digits * (w.digits_weight - 1))
+        costs = logits.new_tensor([w.silence_weight, 1.0])[respond]
+        costs = costs * (1 + digits * (w.digits_weight - 1) + alerts * (w.alerts_weight - 1))
         losses = F.cross_entropy(logits, respond, reduction="none")
         return (costs * losses).sum() / costs.sum()
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 
 from .grammar import shipped_scenarios
 from .sequence import Reply
+from .shards import QUESTION
 from .sounds import sound_of
 from .synth import Rng
 
-QUESTION = "question"  # label of a spoken question about the stream
 ANYTHING, FIRST, LAST = "what did you hear?", "what did you hear first?", "what did you hear last?"
 COUNT, WHETHER = "how many times did you hear {}?", "did you hear {}?"
 

@@ -134,7 +134,8 @@ def read_tokens(path: Path, audio_token: int | None = None) -> Iterator[TokenSeq
         tokens = torch.tensor(ids)
         if audio_token is not None and bool((tokens[audio] != audio_token).any()):
             raise DataError(f"{where}: audio_pos covers ids other than {audio_token}")
-        yield TokenSequence(tokens, torch.tensor(labels), audio, torch.zeros_like(audio))
+        nowhere = torch.zeros_like(audio)
+        yield TokenSequence(tokens, torch.tensor(labels), audio, nowhere, nowhere)
 
 
 def offline_sequence(
@@ -157,4 +158,5 @@ def offline_sequence(
     labels = [IGNORED] * (len(ids) - 2) + ids[-2:] + answer
     tokens = torch.tensor(ids + answer)
     audio = tokens == t.audio_pad
-    return TokenSequence(tokens, torch.tensor(labels), audio, torch.zeros_like(audio))
+    nowhere = torch.zeros_like(audio)
+    return TokenSequence(tokens, torch.tensor(labels), audio, nowhere, nowhere)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..text import Tokenizer, listening_ids, prefix_ids
-from .shards import Stream, Turn
+from .shards import QUESTION, Stream, Turn
 
 IGNORED = -100  # label of what is not learned
 EARLY, LATE = 0.1, 0.2  # chances that the history of a training sequence gives an answer too soon, too late
@@ -34,10 +34,13 @@ SOON_S = 0.3  # so long before its answer is due a sound that goes on may be ans
 
 @dataclass(frozen=True)
 class Reply:
-    """One response; emotion is a name of TokenIds.emotions or None."""
+    """One response; emotion is a name of TokenIds.emotions or None; asked: it answers a question about what
+    was heard.
+    """
 
     text: str
     emotion: str | None = None
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,14 +56,16 @@ class Step:
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """ids, labels int64 [T]; audio bool [T]: the slots the audio tokens fill, A a chunk, in order; digits
-    bool [T]: the decisions where digits are to be written.
+    """ids, labels int64 [T]; audio bool [T]: the slots the audio tokens fill, A a chunk, in order; digits,
+    alerts bool [T]: the decisions where digits are to be written, and where an answer is due that is neither
+    digits nor to a question.
     """
 
     ids: Tensor
     labels: Tensor
     audio: Tensor
     digits: Tensor
+    alerts: Tensor
 
 
 def plan(
@@ -109,9 +114,9 @@ def _answer_sooner(steps: list[Step], chunk: int, right: bool) -> None:
         text = f"{before.said.text} {first}"
     else:
         return
-    early = Reply(text, reply.emotion)
+    early = replace(reply, text=text)
     steps[chunk - 1] = Step(said=early, wanted=early if right else before.wanted)
-    now = Reply(" ".join(rest), reply.emotion) if rest else None
+    now = replace(reply, text=" ".join(rest)) if rest else None
     steps[chunk] = Step(said=now, wanted=now)
 
 
@@ -130,10 +135,10 @@ def _write_later(steps: list[Step], left: dict[int, Reply], chunk: int, rng: np.
         return
     digits = wanted.text.split()
     kept = int(rng.integers(len(digits)))
-    said = Reply(" ".join(digits[:kept]), wanted.emotion) if kept else None
+    said = replace(wanted, text=" ".join(digits[:kept])) if kept else None
     steps[chunk] = Step(said=said, wanted=wanted)
     rest = [*digits[kept:], *(then.text.split() if then else ())]
-    left[chunk + 1] = Reply(" ".join(rest), wanted.emotion)
+    left[chunk + 1] = replace(wanted, text=" ".join(rest))
 
 
 def reply_ids(config: ModelConfig, tokenizer: Tokenizer, reply: Reply) -> list[int]:
@@ -149,7 +154,7 @@ def build(
     """One online stream of len(steps) chunks -> its tokens and labels."""
     t = config.tokens
     ids = prefix_ids(config, tokenizer, "online", system_prompt)
-    labels, digits = [IGNORED] * len(ids), [False] * len(ids)
+    labels, due = [IGNORED] * len(ids), [""] * len(ids)
     listen = listening_ids(config)
     for step in steps:
         ids += listen
@@ -157,14 +162,22 @@ def build(
         ids.append(t.keep_silence if step.said is None else t.text_begin)
         right = t.keep_silence if step.wanted is None else t.text_begin
         labels.append(IGNORED if step.free else right)
-        digits += [False] * len(listen) + [step.wanted is not None and written(step.wanted.text)]
+        due += [""] * len(listen) + [_kind(step.wanted)]
         if step.said is not None:
             spoken = reply_ids(config, tokenizer, step.said)
             ids += spoken
             labels += spoken if step.said == step.wanted else [IGNORED] * len(spoken)
-            digits += [False] * len(spoken)
+            due += [""] * len(spoken)
     tokens = torch.tensor(ids)
-    return TokenSequence(tokens, torch.tensor(labels), tokens == t.audio_pad, torch.tensor(digits))
+    digits, alerts = (torch.tensor([kind == one for kind in due]) for one in ("digits", "alert"))
+    return TokenSequence(tokens, torch.tensor(labels), tokens == t.audio_pad, digits, alerts)
+
+
+def _kind(wanted: Reply | None) -> str:
+    """What is to be said: "digits", an "alert" or an "answer"; "" for nothing."""
+    if wanted is None:
+        return ""
+    return "digits" if written(wanted.text) else "answer" if wanted.asked else "alert"
 
 
 def due_chunk(answer_s: float, chunk_s: float) -> int:
@@ -197,7 +210,7 @@ def due_replies(turns: Iterable[Turn], chunks: int, chunk_s: float) -> dict[int,
     """
     replies: dict[int, Reply] = {}
     due = [
-        (turn.answer_s, Reply(turn.reply, turn.emotion))
+        (turn.answer_s, Reply(turn.reply, turn.emotion, turn.label == QUESTION))
         for turn in turns
         if turn.answer_s is not None and turn.reply
     ]
@@ -206,7 +219,7 @@ def due_replies(turns: Iterable[Turn], chunks: int, chunk_s: float) -> dict[int,
         while chunk in replies and not (written(replies[chunk].text) and written(reply.text)):
             chunk += 1
         if chunk in replies:
-            reply = Reply(f"{replies[chunk].text} {reply.text}", reply.emotion)
+            reply = replace(reply, text=f"{replies[chunk].text} {reply.text}")
         if chunk < chunks:
             replies[chunk] = reply
     return replies

@@ -37,6 +37,8 @@ SPLITS = ("train", "val")
 LENGTH_S = 0.05  # so much may a sound and its duration_s differ
 Report = Callable[[str], None]
 
+QUESTION = "question"  # label of a spoken question about the stream
+
 
 class ShardError(FastloopError):
     """A shard or a sample of one is not what it should be; the message says which and why."""

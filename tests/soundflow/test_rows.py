@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastloop.config import small
+from fastloop.config import ConfigError, small
 from fastloop.soundflow.augment import Augment
-from fastloop.soundflow.batches import Batches, BatchPlan, cut, excerpt, sound_classes
+from fastloop.soundflow.batches import Batches, BatchPlan, Place, Places, cut, excerpt, sound_classes
 from fastloop.soundflow.features import FeatureSet
 from fastloop.soundflow.questions import answer
 from fastloop.soundflow.sequence import due_chunk, steps_of
@@ -87,7 +89,7 @@ def test_what_is_asked_in_a_row_is_asked_about_the_row(excerpts: float) -> None:
                       seed=0, plan=plan, augment=Augment())  # fmt: skip
     asked, unknown = 0, 0
     for seed in range(40):
-        raw, turns = batches._row(np.random.default_rng(seed), 64, 1.0)
+        raw, turns = batches._row(np.random.default_rng(seed), 64, Augment())
         assert len(raw) == 64
         heard: list[str] = []
         behind = {"rain"}
@@ -119,7 +121,7 @@ def test_what_happened_in_a_row_is_what_its_questions_are_answered_from() -> Non
                       seed=0, plan=plan, augment=Augment())  # fmt: skip
     seen: Counter[str] = Counter()
     for seed in range(20):
-        _, turns = batches._row(np.random.default_rng(seed), 64, 1.0)
+        _, turns = batches._row(np.random.default_rng(seed), 64, Augment())
         past = batches._past(turns, 64)
         for turn in turns:
             end = int(turn.end_s / 0.4)
@@ -183,6 +185,22 @@ def test_excerpts_are_around_what_is_ignored_too_rare_sounds_as_often_as_frequen
     assert len(heard) > 0.25 * len(drawn)
 
 
+def test_a_sound_can_be_asked_for_more_often() -> None:
+    answers = [Place(i, 0, kind, kind) for i, kind in enumerate(["siren"] * 60 + ["chainsaw"] * 30)]
+
+    def chainsaws(**plan: Any) -> float:
+        """Share of what is drawn."""
+        places, rng = Places(answers, BatchPlan(**plan)), np.random.default_rng(0)
+        return sum(places.draw(rng).label == "chainsaw" for _ in range(2000)) / 2000
+
+    assert chainsaws(balance=0.0) == pytest.approx(1 / 3, abs=0.04)
+    assert chainsaws(balance=1.0) == pytest.approx(1 / 2, abs=0.04)
+    assert chainsaws(balance=1.0, often={"chainsaw": 3.0}) == pytest.approx(3 / 4, abs=0.04)
+    for often in ({"chainsaw": -1.0}, {"chainsaw": "3"}, ["chainsaw"], {"chainsaw": math.nan}):
+        with pytest.raises(ConfigError, match=r"BatchPlan\.often"):
+            BatchPlan(often=often)  # type: ignore[arg-type]
+
+
 def test_every_excerpt_of_a_row_has_a_voice_of_its_own() -> None:
     streams = (Stream("s", "street", "a", "b", "train", 40.0, ()),)
     tone = np.full((100, 40, 128), -8.0, np.float16)
@@ -195,7 +213,7 @@ def test_every_excerpt_of_a_row_has_a_voice_of_its_own() -> None:
         """The loudest bin of every chunk of a row of 90."""
         batches = Batches(config, tokenizer, features, {}, seed=0, plan=BatchPlan(**plan),
                           augment=Augment(warp=0.15))  # fmt: skip
-        raw, _ = batches._row(np.random.default_rng(0), 90, 1.0)
+        raw, _ = batches._row(np.random.default_rng(0), 90, batches.augment)
         loudest = raw.argmax(dim=-1)
         assert (loudest == loudest[:, :1]).all(), "one voice through a chunk"
         return loudest[:, 0].tolist()

@@ -15,7 +15,7 @@ from fastloop.config import ModelConfig
 from fastloop.engine import Engine
 from fastloop.engine.runner import StepBatch, StepResult
 from fastloop.options import DecisionPolicy, EngineConfig, SessionConfig
-from fastloop.soundflow.sequence import IGNORED, Reply, Step, build, free_chunks, plan, written
+from fastloop.soundflow.sequence import IGNORED, Reply, Step, build, free_chunks, plan, steps_of, written
 from fastloop.soundflow.shards import Turn
 from fastloop.testing.cases import random_sound, random_weights
 from fastloop.testing.streams import nano
@@ -71,6 +71,24 @@ def test_a_silent_sequence_is_what_the_engine_feeds_its_decoder(
     engine.run_until_idle()
     made = build(config, words, [Step()] * 5).ids.tolist()
     assert made[-len(fed) - 1 : -1] == fed and made[-1] == config.tokens.keep_silence
+
+
+def test_a_decision_is_about_digits_an_alert_or_an_answer(config: ModelConfig, words: Tokenizer) -> None:
+    def turn(label: str, reply: str, at_s: float) -> Turn:
+        return Turn("", reply, None, label, "", at_s - 0.3, at_s, at_s)
+
+    turns = [
+        turn("siren", "A siren!", 0.7),
+        turn("question", "Waves.", 1.5),
+        turn("question", "2.", 2.3),
+        turn("spoken_digits", "2", 3.1),
+    ]
+    made = build(config, words, steps_of(turns, 9, 0.4))
+    at = (made.ids[:-1] == config.tokens.assistant).nonzero().flatten() + 1  # of the decisions
+    assert made.alerts[at].nonzero().flatten().tolist() == [1]
+    assert made.digits[at].nonzero().flatten().tolist() == [7]
+    assert (made.labels[at] == config.tokens.text_begin).nonzero().flatten().tolist() == [1, 3, 5, 7]
+    assert int(made.alerts.sum()) == int(made.digits.sum()) == 1
 
 
 REPLIES = st.one_of(st.just("An alarm is sounding!"), st.sampled_from(["3", "4 4", "1 2 3"]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import shutil
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,11 +21,13 @@ from hypothesis import strategies as st
 from fastloop import ops
 from fastloop.config import small
 from fastloop.mel import MelState, mel_chunk
+from fastloop.soundflow import features
 from fastloop.soundflow.augment import (
     FLOOR,
     Augment,
     augment,
     centres_hz,
+    draw_settings,
     draw_tempo,
     draw_voice,
     mix,
@@ -135,6 +138,23 @@ def test_features_made_by_several_processes_are_the_same(tmp_path: Path) -> None
     assert told == alone and ["broken0" in told[0], "broken2" in told[1]] == [True, True]
 
 
+def test_features_that_another_process_made_meanwhile_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard, cache = two_streams(tmp_path), tmp_path / "cache"
+    expected = feature_set([shard], "train", 40, tmp_path / "other", print)
+    write = features._write
+
+    def overtaken(partial: Path, *arguments: Any) -> None:
+        write(partial, *arguments)
+        shutil.copytree(partial, cache / partial.name[1:].split(".")[0])
+
+    monkeypatch.setattr(features, "_write", overtaken)
+    found = feature_set([shard], "train", 40, cache, print)
+    assert torch.equal(found.raw(1), expected.raw(1))
+    assert len(list(cache.iterdir())) == 1, "nothing half made is left"
+
+
 def test_why_no_stream_can_be_used_is_said(tmp_path: Path) -> None:
     shard = tmp_path / "x.tar"
     with tarfile.open(shard, "w") as tar:
@@ -211,6 +231,14 @@ def test_every_second_row_keeps_its_tempo_and_the_others_stay_in_range() -> None
     assert 150 < tempos.count(1.0) < 250
     assert all(0.9 <= tempo <= 1.1 for tempo in tempos) and len(set(tempos)) > 100
     assert draw_tempo(Augment(), rng) == 1.0
+
+
+def test_a_share_of_the_rows_is_moved_and_the_others_are_not() -> None:
+    rng = np.random.default_rng(0)
+    drawn = [draw_settings(Augment(gain_db=(-6, 6), warp=0.1, share=0.3), rng) for _ in range(600)]
+    moved = [settings for settings in drawn if settings != Augment()]
+    assert len(moved) / len(drawn) == pytest.approx(0.3, abs=0.06)
+    assert {settings.warp for settings in moved} == {0.1}
 
 
 @pytest.mark.parametrize("length", [1, 128, 129, 300])
@@ -318,7 +346,9 @@ def test_a_batch_holds_what_the_protocol_says(tmp_path: Path) -> None:
 def test_the_loss_is_its_definition_word_for_word(tmp_path: Path) -> None:
     config, batch = small(), make_batches(tmp_path)[4]
     model = Trainable(config, initial_weights(config, 0), classes=1)
-    weighting = Weighting(text_weight=0.5, control_weight=2.0, silence_weight=3.0, digits_weight=1.7)
+    weighting = Weighting(
+        text_weight=0.5, control_weight=2.0, silence_weight=3.0, digits_weight=1.7, alerts_weight=1.3
+    )
     total, control, text, *_ = Objective(model, weighting)(batch).tolist()
     encoder, decoder = model.stages()
     t = config.tokens
@@ -336,13 +366,14 @@ def test_the_loss_is_its_definition_word_for_word(tmp_path: Path) -> None:
                 continue
             if batch.ids[b, i - 1] == t.assistant:
                 pair = logits[i - 1, [t.keep_silence, t.text_begin]]
-                cost = 3.0 if label == t.keep_silence else 1.7 if batch.digits[b, i] else 1.0
+                missed = 1.7 if batch.digits[b, i] else 1.3 if batch.alerts[b, i] else 1.0
+                cost = 3.0 if label == t.keep_silence else missed
                 costs.append(cost)
                 controls.append(-cost * F.log_softmax(pair, 0)[int(label == t.text_begin)])
             else:
                 texts.append(-F.log_softmax(logits[i - 1], 0)[label])
     assert used == len(tokens)
-    assert {3.0, 1.7, 1.0} == set(costs)
+    assert {3.0, 1.7, 1.3} == set(costs)
     means = [torch.stack(controls).sum().item() / sum(costs), torch.stack(texts).mean().item()]
     bound = 1e3 * EPS  # two layers of float32 products of width 64, in another order
     assert abs(control - means[0]) < bound * means[0]
