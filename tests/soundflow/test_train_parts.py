@@ -345,6 +345,9 @@ def test_a_batch_holds_what_the_protocol_says(tmp_path: Path) -> None:
 
 def test_the_loss_is_its_definition_word_for_word(tmp_path: Path) -> None:
     config, batch = small(), make_batches(tmp_path)[4]
+    digits = batch.digits & (batch.labels != IGNORED)
+    digits[tuple(digits.nonzero()[0])] = False  # as if it were an answer to a question
+    batch = batch._replace(digits=digits)
     model = Trainable(config, initial_weights(config, 0), classes=1)
     weighting = Weighting(
         text_weight=0.5, control_weight=2.0, silence_weight=3.0, digits_weight=1.7, alerts_weight=1.3
@@ -373,7 +376,7 @@ def test_the_loss_is_its_definition_word_for_word(tmp_path: Path) -> None:
             else:
                 texts.append(-F.log_softmax(logits[i - 1], 0)[label])
     assert used == len(tokens)
-    assert {3.0, 1.7, 1.3} == set(costs)
+    assert {3.0, 1.7, 1.3, 1.0} == set(costs)
     means = [torch.stack(controls).sum().item() / sum(costs), torch.stack(texts).mean().item()]
     bound = 1e3 * EPS  # two layers of float32 products of width 64, in another order
     assert abs(control - means[0]) < bound * means[0]
