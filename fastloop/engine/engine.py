@@ -283,7 +283,7 @@ class Engine:
                 self._fall(error)
                 raise
             if work:
-                self.counters.step_seconds.append(self.clock() - begun)
+                self.counters.step_seconds.add(self.clock() - begun)
         self._reap()
         return work
 

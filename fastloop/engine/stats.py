@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -17,9 +18,36 @@ def percentile(values: Iterable[float], q: float) -> float:
     return ordered[max(0, math.ceil(len(ordered) * q / 100) - 1)]
 
 
+class Recent:
+    """The last `most` of many values. A step adds to them while other threads read: a deque that is appended
+    to while it is copied raises RuntimeError, where the copy makes room for a collection of garbage between.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._values: deque[float] = deque(maxlen=most)
+        self._lock = threading.Lock()
+
+    def add(self, *values: float) -> None:
+        with self._lock:
+            self._values.extend(values)
+
+    def values(self) -> list[float]:
+        """A copy, the oldest first."""
+        with self._lock:
+            return list(self._values)
+
+    def summary(self) -> dict[str, float]:
+        """Percentiles 50 and 99, and the maximum; 0.0 of nothing."""
+        values = self.values()
+        return {"p50": percentile(values, 50), "p99": percentile(values, 99), "max": max(values, default=0.0)}
+
+
+KEPT = 4096  # seconds of steps and of decisions, each
+
+
 @dataclass
 class Counters:
-    """Counts since the engine started; latencies of the last 4,096 decisions in seconds."""
+    """Counts since the engine started, and seconds of the last steps and from a chunk to its decision."""
 
     sessions_opened: int = 0
     sessions_rejected: int = 0
@@ -28,17 +56,12 @@ class Counters:
     chunks: int = 0
     text_tokens: int = 0
     failures: int = 0
-    step_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
-    latency_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=4096))
+    step_seconds: Recent = field(default_factory=lambda: Recent(KEPT))
+    latency_seconds: Recent = field(default_factory=lambda: Recent(KEPT))
 
     def summary(self) -> dict[str, Any]:
-        """Plain data. Copies of the deques are made in one go: a step in another thread appends to them."""
-        plain: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            if isinstance(value, deque):
-                values = tuple(value)
-                shares = {f"p{q}": percentile(values, q) for q in (50, 99)}
-                plain[name] = shares | {"max": max(values, default=0.0)}
-            else:
-                plain[name] = value
-        return plain
+        """Plain data, in any thread."""
+        return {
+            name: value.summary() if isinstance(value, Recent) else value
+            for name, value in vars(self).items()
+        }

@@ -109,7 +109,7 @@ class Steps:
         decided, tokens = scheduler.commit(items, result)
         now = self._engine.clock()
         self._seconds, self._collected = now - max(begun, self._collected), now
-        counters.latency_seconds.extend(now - chunk.arrived for chunk in decided)
+        counters.latency_seconds.add(*(now - chunk.arrived for chunk in decided))
         counters.chunks += len(decided)
         counters.text_tokens += tokens
         return len(items)
