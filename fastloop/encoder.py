@@ -122,11 +122,15 @@ class Encoder:
         w, eps = self.weights, self.config.encoder.norm_eps
         y = ops.layer_norm(x, w[name + "norm1.weight"], w[name + "norm1.bias"], eps)
         qkv = self._linear(y, name + "qkv")
-        y = ops.block_attention(qkv.view(batch, -1, qkv.shape[-1]), self.config.encoder.heads)
+        y = self._attention(qkv.view(batch, -1, qkv.shape[-1]))
         x = self._linear(y.flatten(0, 1), name + "out", residual=x)
         y = ops.layer_norm(x, w[name + "norm2.weight"], w[name + "norm2.bias"], eps)
         y = self._linear(y, name + "fc1", "gelu")
         return self._linear(y, name + "fc2", residual=x)
+
+    def _attention(self, qkv: Tensor) -> Tensor:
+        """qkv [B, T, 3 E] -> [B, T, E], each of the B blocks by itself."""
+        return ops.block_attention(qkv, self.config.encoder.heads)
 
     def _linear(self, x: Tensor, name: str, epilogue: str = "none", residual: Tensor | None = None) -> Tensor:
         """x [N, E] times a matrix of a layer, as it is kept, with its bias."""

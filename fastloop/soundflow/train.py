@@ -6,9 +6,9 @@
     OUT/model/                                    the weights as a checkpoint that the runtime loads
     OUT/log.csv  loss.png                         every step
 
-One process on a CPU or a GPU; under torchrun, FSDP2 over all processes. A step is a function of (seed,
-step number), so a run that was interrupted and resumed computes what an uninterrupted one would have: to
-the bit on a CPU in float32.
+One process on a CPU, where the batches of a step are computed side by side, or on a GPU; under torchrun,
+FSDP2 over all processes. A step is a function of (seed, step number), so a run that was interrupted and
+resumed computes what an uninterrupted one would have: to the bit on a CPU in float32.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ from .features import FeatureSet, feature_set
 from .objective import LOSSES, Batch, Objective
 from .report import LossLog, Ticker, plot_losses
 from .shards import Report, ShardError
+from .side_by_side import SideBySide
 from .stage import PRECISIONS, Stage, stage_from
 from .trainable import Trainable, initial_weights
 
@@ -130,6 +131,9 @@ class Trainer:
         )
         self._freeze(objective)
         self.objective, self.optimizer = self._setup(objective)
+        alone = self.fabric.world_size == 1 and self.fabric.device.type == "cpu"
+        at_once = min(stage.accumulate, torch.get_num_threads()) if alone else 1
+        self.beside = SideBySide(self.objective, at_once) if at_once > 1 else None
         if resume:
             self._restore()
 
@@ -287,18 +291,15 @@ class Trainer:
 
     def advance(self) -> list[float]:
         """One optimiser step -> its losses, the means over the batches of this process."""
-        stage, fabric = self.stage, self.fabric
+        stage = self.stage
         for group in self.optimizer.param_groups:
             group["lr"] = stage.rate(self.step)
         if self.drawn is None:
             self.drawn = self._draw_on()
-        found = torch.zeros(len(LOSSES))
-        for part in range(stage.accumulate):
-            batch = next(self.drawn).to(fabric.device)
-            with fabric.no_backward_sync(self.objective, enabled=part + 1 < stage.accumulate):
-                losses = self.objective(batch)
-                fabric.backward(losses[0] / stage.accumulate)
-            found += losses.detach().float().cpu() / stage.accumulate
+        if self.beside is None:
+            found = self._one_by_one(self.drawn)
+        else:
+            found = self.beside.gradients(self.drawn, stage.accumulate)
         if not torch.isfinite(found[0]):
             raise TrainError(
                 f"step {self.step}: the loss is {found[0]}; go on from the last state with a lower peak_rate"
@@ -308,6 +309,17 @@ class Trainer:
         self.optimizer.zero_grad()
         self.step += 1
         return found.tolist()
+
+    def _one_by_one(self, batches: Iterator[Batch]) -> Tensor:
+        """The gradients of a step's batches -> the means of their losses [8]."""
+        found, count = torch.zeros(len(LOSSES)), self.stage.accumulate
+        for part in range(count):
+            batch = next(batches).to(self.fabric.device)
+            with self.fabric.no_backward_sync(self.objective, enabled=part + 1 < count):
+                losses = self.objective(batch)
+                self.fabric.backward(losses[0] / count)
+            found += losses.detach().float().cpu() / count
+        return found
 
     def _draw_on(self) -> Iterator[Batch]:
         """The batches of this process from the present step on."""
@@ -321,7 +333,11 @@ class Trainer:
         return made(draw, numbers, self.workers, ahead=BATCHES_AHEAD, pin=True)
 
     def close(self) -> None:
-        """Leave the process group, if there is one: at the interpreter's end its threads would abort."""
+        """End the threads, and leave the process group, if there is one: at the interpreter's end its threads
+        would abort.
+        """
+        if self.beside is not None:
+            self.beside.close()
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 

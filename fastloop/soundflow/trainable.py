@@ -6,14 +6,12 @@ at a time; what the layer computes stays in encoder.py and decoder.py, and is no
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..config import ModelConfig
 from ..decoder import Decoder, decoder_shapes
@@ -113,20 +111,19 @@ class Live(Mapping[str, Tensor]):
 
 
 class TrainableEncoder(Encoder):
-    """The encoder, each layer run by its node.
-
-    On a CPU the attention over 20 positions is three times as fast, forward and backward in bfloat16, as
-    plain matrix products than by the fused kernel, which is made for long sequences.
-    """
+    """The encoder, each layer run by its node."""
 
     def __init__(self, config: ModelConfig, weights: Live, root: Node) -> None:
         super().__init__(config, weights)
         self.root = root
 
     def _layer(self, x: Tensor, name: str, batch: int) -> Tensor:
-        short = sdpa_kernel(SDPBackend.MATH) if x.device.type == "cpu" else contextlib.nullcontext()
-        with short:
-            return self.root.get_submodule(name.rstrip("."))(super()._layer, x, name, batch)
+        return self.root.get_submodule(name.rstrip("."))(super()._layer, x, name, batch)
+
+    def _attention(self, qkv: Tensor) -> Tensor:
+        if qkv.device.type == "cpu":
+            return block_products(qkv, self.config.encoder.heads)
+        return super()._attention(qkv)
 
 
 class TrainableDecoder(Decoder):
@@ -149,6 +146,17 @@ class TrainableDecoder(Decoder):
         if q.device.type == "cpu":
             return causal_products(q, k, v)
         return super()._sequence_attention(q, k, v)
+
+
+def block_products(qkv: Tensor, heads: int) -> Tensor:
+    """Attention inside each block as plain matrix products: qkv [B, T, 3 E] as [q | k | v] -> [B, T, E].
+
+    On a CPU in bfloat16, forward and backward, over 20 positions this is three times as fast as the fused
+    kernel, which is made for long sequences.
+    """
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)  # each [B, H, T, K]
+    scores = (q * q.shape[-1] ** -0.5) @ k.mT
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
 
 
 def causal_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -108,6 +108,27 @@ def test_a_resumed_run_computes_what_an_uninterrupted_one_does_to_the_bit(
         assert torch.equal(value, weights_of(tmp_path)[name]), name
 
 
+def test_batches_side_by_side_are_a_step_as_one_by_one_to_the_bit(shard: Path, tmp_path: Path) -> None:
+    """Three batches a step, of which two threads compute two at once; and resumed in the middle."""
+    stage, threads = tiny(accumulate=3, batch=BatchPlan(chunks=4, rows_s=(1.6, 4.8))), torch.get_num_threads()
+    runs = {at_once: tmp_path / str(at_once) for at_once in (1, 2)}
+    try:
+        for at_once, out in runs.items():
+            torch.set_num_threads(at_once)
+            first = Trainer(stage, [shard], out)
+            assert (first.beside.at_once if first.beside else 1) == at_once
+            first.stage = dataclasses.replace(stage, steps=3, decay=0)
+            assert first.run()
+            first.close()
+            assert Trainer(stage, [shard], out, resume=True).run()
+            assert torch.get_num_threads() == at_once
+    finally:
+        torch.set_num_threads(threads)
+    assert same(losses_of(runs[1]), losses_of(runs[2]))
+    for name, value in weights_of(runs[1]).items():
+        assert torch.equal(value, weights_of(runs[2])[name]), name
+
+
 def test_batches_drawn_ahead_by_others_are_the_same(shard: Path, whole: Path, tmp_path: Path) -> None:
     """To the bit, from any step on, and nobody is left behind."""
     first = Trainer(tiny(), [shard], tmp_path, workers=2)
