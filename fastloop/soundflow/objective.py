@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..config import ConfigError, ModelConfig
-from .sequence import IGNORED, TokenSequence
+from .sequence import IGNORED, Due, TokenSequence
 from .trainable import Trainable
 
 LOSSES = ("total", "control", "text", "heard", "recognised", "recalled", "silent_right", "respond_right")
@@ -35,8 +35,7 @@ class Batch(NamedTuple):
     """frames float32 [N, F, C], the chunks of all rows in order; ids, labels int64 [B, T]; audio bool
     [B, T], true at the slots of the audio tokens, N x A of them; active bool [N, A, K]: which of the K
     classes are heard under each audio token; past bool [N, 3, K]: which were heard in the row until the
-    chunk ends, at all, first and last; digits, alerts bool [B, T]: the decisions where digits are to be
-    written, and where an answer is due that is neither digits nor to a question.
+    chunk ends, at all, first and last; due uint8 [B, T]: what is to be said at each decision.
     """
 
     frames: Tensor
@@ -45,8 +44,7 @@ class Batch(NamedTuple):
     audio: Tensor
     active: Tensor
     past: Tensor
-    digits: Tensor
-    alerts: Tensor
+    due: Tensor
 
     def to(self, device: torch.device) -> Batch:
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
@@ -65,10 +63,9 @@ def collate(
 
     ids = stack([s.ids for s in sequences], fill)
     labels = stack([s.labels for s in sequences], IGNORED)
-    audio, digits, alerts = (
-        stack([getattr(s, name) for s in sequences], False) for name in ("audio", "digits", "alerts")
-    )
-    return Batch(frames, ids, labels, audio, active, past, digits, alerts)
+    audio = stack([s.audio for s in sequences], False)
+    due = stack([s.due for s in sequences], Due.NOTHING)
+    return Batch(frames, ids, labels, audio, active, past, due)
 
 
 @dataclass(frozen=True)
@@ -128,8 +125,7 @@ class Objective(nn.Module):
         speaks = learned & ~decides
         logits = decoder.logits(before[decides])[:, [t.keep_silence, t.text_begin]].float()
         respond = (labels[decides] == t.text_begin).long()
-        kinds = (kind[:, 1:][decides] for kind in (batch.digits, batch.alerts))
-        control = self._control(logits, respond, *kinds)
+        control = self._control(logits, respond, batch.due[:, 1:][decides].long())
         text = F.cross_entropy(decoder.logits(before[speaks]).float(), labels[speaks], reduction="sum")
         text = text / speaks.sum().clamp(min=1)
         w = self.weighting
@@ -142,13 +138,14 @@ class Objective(nn.Module):
         parts = (control, text, *probes, *shares)
         return torch.stack([total, *(part.detach().float() for part in parts)])
 
-    def _control(self, logits: Tensor, respond: Tensor, digits: Tensor, alerts: Tensor) -> Tensor:
+    def _control(self, logits: Tensor, respond: Tensor, due: Tensor) -> Tensor:
         """Mean cross-entropy of decisions, each by what an error costs; logits [N, 2], respond int64 [N],
-        digits, alerts bool [N]: what an answer is.
+        due int64 [N]: what an answer is.
         """
         w = self.weighting
-        costs = logits.new_tensor([w.silence_weight, 1.0])[respond]
-        costs = costs * (1 + digits * (w.digits_weight - 1) + alerts * (w.alerts_weight - 1))
+        missed = {Due.DIGITS: w.digits_weight, Due.ALERT: w.alerts_weight}
+        costs = logits.new_tensor([missed.get(kind, 1.0) for kind in Due])[due]
+        costs = costs.where(respond == 1, w.silence_weight)
         losses = F.cross_entropy(logits, respond, reduction="none")
         return (costs * losses).sum() / costs.sum()
 

@@ -18,11 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..config import ModelConfig
 from ..text import Tokenizer, offline_ids, prefix_ids
 from .clips import DataError
-from .sequence import IGNORED, Reply, TokenSequence
+from .sequence import IGNORED, Due, Reply, TokenSequence
 from .shards import SILENCE
 
 
@@ -134,8 +135,7 @@ def read_tokens(path: Path, audio_token: int | None = None) -> Iterator[TokenSeq
         tokens = torch.tensor(ids)
         if audio_token is not None and bool((tokens[audio] != audio_token).any()):
             raise DataError(f"{where}: audio_pos covers ids other than {audio_token}")
-        nowhere = torch.zeros_like(audio)
-        yield TokenSequence(tokens, torch.tensor(labels), audio, nowhere, nowhere)
+        yield TokenSequence(tokens, torch.tensor(labels), audio, _nothing_due(tokens))
 
 
 def offline_sequence(
@@ -157,6 +157,8 @@ def offline_sequence(
     answer = [*tokenizer.encode(sample.assistant), t.text_end]
     labels = [IGNORED] * (len(ids) - 2) + ids[-2:] + answer
     tokens = torch.tensor(ids + answer)
-    audio = tokens == t.audio_pad
-    nowhere = torch.zeros_like(audio)
-    return TokenSequence(tokens, torch.tensor(labels), audio, nowhere, nowhere)
+    return TokenSequence(tokens, torch.tensor(labels), tokens == t.audio_pad, _nothing_due(tokens))
+
+
+def _nothing_due(tokens: Tensor) -> Tensor:
+    return torch.full_like(tokens, Due.NOTHING, dtype=torch.uint8)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import IntEnum
 
 import numpy as np
 import torch
@@ -54,18 +55,22 @@ class Step:
     free: bool = False
 
 
+class Due(IntEnum):
+    """What is to be said at a decision: nothing, the answer to a question, digits, or anything else."""
+
+    NOTHING, ANSWER, DIGITS, ALERT = range(4)
+
+
 @dataclass(frozen=True)
 class TokenSequence:
-    """ids, labels int64 [T]; audio bool [T]: the slots the audio tokens fill, A a chunk, in order; digits,
-    alerts bool [T]: the decisions where digits are to be written, and where an answer is due that is neither
-    digits nor to a question.
+    """ids, labels int64 [T]; audio bool [T]: the slots the audio tokens fill, A a chunk, in order; due uint8
+    [T]: what is Due at each decision, NOTHING elsewhere.
     """
 
     ids: Tensor
     labels: Tensor
     audio: Tensor
-    digits: Tensor
-    alerts: Tensor
+    due: Tensor
 
 
 def plan(
@@ -154,7 +159,7 @@ def build(
     """One online stream of len(steps) chunks -> its tokens and labels."""
     t = config.tokens
     ids = prefix_ids(config, tokenizer, "online", system_prompt)
-    labels, due = [IGNORED] * len(ids), [""] * len(ids)
+    labels, due = [IGNORED] * len(ids), [Due.NOTHING] * len(ids)
     listen = listening_ids(config)
     for step in steps:
         ids += listen
@@ -162,22 +167,21 @@ def build(
         ids.append(t.keep_silence if step.said is None else t.text_begin)
         right = t.keep_silence if step.wanted is None else t.text_begin
         labels.append(IGNORED if step.free else right)
-        due += [""] * len(listen) + [_kind(step.wanted)]
+        due += [Due.NOTHING] * len(listen) + [_due(step.wanted)]
         if step.said is not None:
             spoken = reply_ids(config, tokenizer, step.said)
             ids += spoken
             labels += spoken if step.said == step.wanted else [IGNORED] * len(spoken)
-            due += [""] * len(spoken)
+            due += [Due.NOTHING] * len(spoken)
     tokens = torch.tensor(ids)
-    digits, alerts = (torch.tensor([kind == one for kind in due]) for one in ("digits", "alert"))
-    return TokenSequence(tokens, torch.tensor(labels), tokens == t.audio_pad, digits, alerts)
+    kinds = torch.tensor(due, dtype=torch.uint8)
+    return TokenSequence(tokens, torch.tensor(labels), tokens == t.audio_pad, kinds)
 
 
-def _kind(wanted: Reply | None) -> str:
-    """What is to be said: "digits", an "alert" or an "answer"; "" for nothing."""
+def _due(wanted: Reply | None) -> Due:
     if wanted is None:
-        return ""
-    return "digits" if written(wanted.text) else "answer" if wanted.asked else "alert"
+        return Due.NOTHING
+    return Due.DIGITS if written(wanted.text) else Due.ANSWER if wanted.asked else Due.ALERT
 
 
 def due_chunk(answer_s: float, chunk_s: float) -> int:

@@ -38,9 +38,9 @@ from fastloop.soundflow.augment import (
 from fastloop.soundflow.batches import Batches, BatchPlan, played, sound_classes
 from fastloop.soundflow.features import clamp, feature_set, raw_log_mel
 from fastloop.soundflow.objective import LOSSES, Objective, Weighting
-from fastloop.soundflow.sequence import IGNORED, due_chunk, due_replies
+from fastloop.soundflow.sequence import IGNORED, Due, due_chunk, due_replies
 from fastloop.soundflow.shards import ShardError, Turn, find_shards, parse_stream, read_streams
-from fastloop.soundflow.trainable import Trainable, causal_products, initial_weights
+from fastloop.soundflow.trainable import Trainable, block_products, causal_products, initial_weights
 from fastloop.testing.cases import byte_tokenizer, random_sound
 from fastloop.testing.streams import flac, record, two_streams, write_shard
 from fastloop.testing.tolerance import relative_error
@@ -259,6 +259,18 @@ def test_attention_by_products_is_attention(length: int) -> None:
         assert relative_error(one, other) < 1e-13
 
 
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 3), st.integers(0, 99))
+def test_products_in_blocks_are_the_op(blocks: int, positions: int, heads: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (blocks, positions, 3 * heads * 16)
+    qkv = torch.randn(shape, generator=generator, dtype=torch.float64).requires_grad_()
+    upstream = torch.randn(blocks, positions, heads * 16, generator=generator, dtype=torch.float64)
+    found, expected = block_products(qkv, heads), ops.block_attention_ref(qkv, heads)
+    assert relative_error(found.detach(), expected.detach()) < 1e-14
+    slopes = (torch.autograd.grad((out * upstream).sum(), qkv)[0] for out in (found, expected))
+    assert relative_error(*slopes) < 1e-13
+
+
 def test_everything_at_once_stays_finite_and_above_the_floor() -> None:
     settings = Augment(gain_db=(-20, 6), warp=0.12, tilt_db=6, mix=1.0, narrow=0.5, mask=1.0)
     for seed in range(8):
@@ -335,8 +347,8 @@ def test_a_batch_holds_what_the_protocol_says(tmp_path: Path) -> None:
     decides = batch.ids[:, :-1] == t.assistant
     assert int(decides.sum()) == 24
     assert set(batch.labels[:, 1:][decides].tolist()) <= {t.keep_silence, t.text_begin, IGNORED}
-    assert batch.digits.any()
-    assert set(batch.labels[batch.digits].tolist()) <= {t.text_begin, IGNORED}
+    assert (batch.due == Due.DIGITS).any()
+    assert set(batch.labels[batch.due != Due.NOTHING].tolist()) <= {t.text_begin, IGNORED}
     assert (batch.labels[batch.audio] == IGNORED).all()
     assert batch.active.shape == (24, config.chunk_tokens, len(batches.classes))
     siren_s = float(batch.active[..., batches.classes["siren"]].sum()) * 0.04
@@ -345,9 +357,10 @@ def test_a_batch_holds_what_the_protocol_says(tmp_path: Path) -> None:
 
 def test_the_loss_is_its_definition_word_for_word(tmp_path: Path) -> None:
     config, batch = small(), make_batches(tmp_path)[4]
-    digits = batch.digits & (batch.labels != IGNORED)
-    digits[tuple(digits.nonzero()[0])] = False  # as if it were an answer to a question
-    batch = batch._replace(digits=digits)
+    due = batch.due.clone()
+    first = ((due == Due.DIGITS) & (batch.labels != IGNORED)).nonzero()[0]
+    due[tuple(first)] = Due.ANSWER  # as if it answered a question
+    batch = batch._replace(due=due)
     model = Trainable(config, initial_weights(config, 0), classes=1)
     weighting = Weighting(
         text_weight=0.5, control_weight=2.0, silence_weight=3.0, digits_weight=1.7, alerts_weight=1.3
@@ -369,7 +382,7 @@ def test_the_loss_is_its_definition_word_for_word(tmp_path: Path) -> None:
                 continue
             if batch.ids[b, i - 1] == t.assistant:
                 pair = logits[i - 1, [t.keep_silence, t.text_begin]]
-                missed = 1.7 if batch.digits[b, i] else 1.3 if batch.alerts[b, i] else 1.0
+                missed = {Due.DIGITS: 1.7, Due.ALERT: 1.3}.get(Due(int(batch.due[b, i])), 1.0)
                 cost = 3.0 if label == t.keep_silence else missed
                 costs.append(cost)
                 controls.append(-cost * F.log_softmax(pair, 0)[int(label == t.text_begin)])
