@@ -1,13 +1,13 @@
 """Training on a CPU, forward and backward: attention as products beside the fused kernel, and a step whose
 batches are computed side by side or one by one.
 
-pytest bench/bench_training.py --benchmark-only
+pytest bench/bench_training.py --benchmark-only              attention, on one thread
+pytest bench/bench_training.py --benchmark-only --threads 2  and a step
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -23,16 +23,6 @@ from fastloop.soundflow.trainable import Trainable, block_products, causal_produ
 from fastloop.testing.streams import nano
 
 CLASSES = 147  # of the probes, as the packaged model was trained with
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def fused(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -51,8 +41,7 @@ def test_attention(
         return x.requires_grad_()
 
     q, k, v = random(4), random(2), random(2)
-    with threads(1):
-        benchmark(lambda: attention(q, k, v).sum().backward())
+    benchmark(lambda: attention(q, k, v).sum().backward())
 
 
 @pytest.mark.parametrize("attention", [ops.block_attention_ref, block_products])
@@ -60,13 +49,14 @@ def test_attention_in_blocks(benchmark: Any, attention: Callable[[Tensor, int], 
     """128 chunks of 20 positions, 3 heads of 64."""
     qkv = torch.randn(128, 20, 576, generator=torch.Generator().manual_seed(0), dtype=torch.bfloat16)
     qkv.requires_grad_()
-    with threads(1):
-        benchmark(lambda: attention(qkv, 3).sum().backward())
+    benchmark(lambda: attention(qkv, 3).sum().backward())
 
 
 @pytest.mark.parametrize("way", ["one by one", "side by side"])
-def test_step(benchmark: Any, way: str) -> None:
-    """Two batches of 64 chunks of the packaged model, on two threads; without the optimiser."""
+def test_step(benchmark: Any, way: str, threads: int) -> None:
+    """Two batches of 64 chunks of the packaged model; without the optimiser."""
+    if threads < 2:
+        pytest.skip("one thread has nothing to share: give --threads 2")
     config, tokenizer = nano()
     generator = torch.Generator().manual_seed(0)
     said = Reply("Careful, glass is breaking!")
@@ -86,9 +76,6 @@ def test_step(benchmark: Any, way: str) -> None:
         for part in batches:
             objective(part)[0].backward()
 
-    with threads(2):
-        beside = SideBySide(objective, 2)
-        try:
-            benchmark(one_by_one if way == "one by one" else lambda: beside.gradients(iter(batches), 2))
-        finally:
-            beside.close()
+    beside = SideBySide(objective, 2)
+    benchmark(one_by_one if way == "one by one" else lambda: beside.gradients(iter(batches), 2))
+    beside.close()
