@@ -1,26 +1,24 @@
-"""Augmentation of kept features: log10 mel power [chunks, F, C] in, the same out, another room and voice.
+"""Augmentation of kept features: what moves a row of a batch to another room and voice, drawn as numbers.
 
-Everything is a function of its generator. Levels add in this domain and powers mix, so a kept stream gives
-many: louder or softer, through another microphone, from another vocal tract, in other noise.
+Everything is a function of its generator. Levels add in the log10 of mel power and powers mix, so a kept
+stream gives many: louder or softer, through another microphone, from another vocal tract, in other noise.
+What is done with these numbers: recipe.py.
 """
 
 from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-import torch
-from scipy.signal import lfilter
-from torch import Tensor
 
 from ..config import HOP_SAMPLES, MEL_BINS, SAMPLE_RATE
 
-LN10 = float(np.log(10))
-FLOOR = -10.0  # log10 of the least power the mel op gives
 REVERBERATION_S = (0.15, 0.6)  # in which the power of a room decays by 60 dB
 RING = (0.05, 0.5)  # power of a lasting sound off the walls, to what comes directly
-WARPS = 25  # frequency warps that are kept ready
+QUIETER_DB = (0.0, 25.0)  # noise, below the row's loudest frame
+WARPS = 25  # frequency warps there are
 
 
 @dataclass(frozen=True)
@@ -76,26 +74,21 @@ def centres_hz() -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4096)
-def _warp_table(factor: float) -> tuple[Tensor, Tensor]:
-    """Bin c of the warped spectrum lies between bins low[c] and low[c] + 1 of the original, at part[c]."""
-    step = float(hz_to_mel(np.array(8000.0))) / (MEL_BINS + 1)
-    place = np.clip(hz_to_mel(centres_hz() / factor) / step - 1, 0, MEL_BINS - 1.001)
-    low = np.floor(place)
-    return torch.from_numpy(low.astype(np.int64)), torch.from_numpy((place - low).astype(np.float32))
+def warped_from(factor: float) -> np.ndarray:
+    """Every frequency times `factor`: float32 [C], the bin, between bins, where what is now in each was."""
+    bins = np.arange(MEL_BINS, dtype=np.float64)
+    if factor != 1:
+        step = float(hz_to_mel(np.array(8000.0))) / (MEL_BINS + 1)
+        bins = hz_to_mel(centres_hz() / factor) / step - 1
+    return np.clip(bins, 0, MEL_BINS - 1).astype(np.float32)
 
 
-def warp(raw: Tensor, factor: float) -> Tensor:
-    """Every frequency times `factor`: what was at f is now at factor x f."""
-    low, part = _warp_table(factor)
-    return torch.lerp(raw.index_select(-1, low), raw.index_select(-1, low + 1), part)
-
-
-def draw_voice(raw: Tensor, settings: Augment, rng: np.random.Generator) -> Tensor:
-    """A stream or an excerpt of one, [chunks, F, C], from another vocal tract."""
+def draw_voice(settings: Augment, rng: np.random.Generator) -> float:
+    """The factor of another vocal tract; 1 is the one that spoke."""
     if settings.warp == 0:
-        return raw
-    steps = rng.integers(-(WARPS // 2), WARPS // 2 + 1)
-    return warp(raw, float(1 + settings.warp * steps / (WARPS // 2)))
+        return 1.0
+    steps = int(rng.integers(-(WARPS // 2), WARPS // 2 + 1))
+    return 1 + settings.warp * steps / (WARPS // 2)
 
 
 def draw_tempo(settings: Augment, rng: np.random.Generator) -> float:
@@ -105,61 +98,55 @@ def draw_tempo(settings: Augment, rng: np.random.Generator) -> float:
     return float(rng.uniform(1 - settings.tempo, 1 + settings.tempo))
 
 
-def stretch(raw: Tensor, tempo: float, length: int) -> Tensor:
-    """raw [chunks, F, C] -> [length, F, C]: frame i is what was at i x tempo, the last one to the end."""
-    frames = raw.flatten(0, 1)
-    place = (torch.arange(length * raw.shape[1]) * tempo).clamp(max=len(frames) - 1.001)
-    low = place.long()
-    part = (place - low)[:, None].to(raw.dtype)
-    return torch.lerp(frames[low], frames[low + 1], part).unflatten(0, (length, raw.shape[1]))
-
-
-def mix(raw: Tensor, noise: Tensor, level: float) -> Tensor:
-    """The sum of powers; noise is repeated or cut to the same chunks, moved by `level` (log10 of power)."""
-    times = -(-len(raw) // len(noise))
-    other = noise.repeat(times, 1, 1)[: len(raw)] + level
-    return torch.logaddexp(raw * LN10, other * LN10) / LN10
-
-
-def ring_on(raw: Tensor, reverberation_s: float, ring: float) -> Tensor:
-    """raw [chunks, F, C] in a room: every frame's power comes again, decaying by 60 dB in reverberation_s;
-    in all `ring` times as much as came directly.
+class Room(NamedTuple):
+    """Every frame's power comes again, times `decay` from frame to frame; in all `ring` times as much as came
+    directly.
     """
-    decay = 10 ** (-6 * HOP_SAMPLES / SAMPLE_RATE / reverberation_s)  # from a frame to the next
-    power = torch.exp(raw.flatten(0, 1) * LN10)  # [chunks F, C]
-    before, after = np.array([[0, decay], [1, -decay]], dtype=np.float32)
-    tail = torch.from_numpy(lfilter(before, after, power.numpy(), axis=0))  # the sum of decay^k, k > 0
-    power += tail * (ring * (1 - decay) / decay)
-    return power.clamp(min=10**FLOOR).log10().view(raw.shape)
+
+    decay: float
+    ring: float
 
 
-def augment(raw: Tensor, settings: Augment, rng: np.random.Generator, noise: Tensor | None) -> Tensor:
-    """One row, log10 mel power [chunks, F, C] -> the same shape, moved as far as `settings` allow.
+class Move(NamedTuple):
+    """What is done to a row, in this order.
 
-    noise: raw features of a silent stream, or None.
+    narrow: nothing above 4 kHz comes through. room: it is heard in one. level: float32 [C], log10 of power,
+    added to each bin. quieter: log10 of power that noise lies below its loudest frame, or None. bands: bins
+    first..end that are blanked, two bands, or None.
     """
-    if rng.random() < settings.narrow:
-        raw = raw.masked_fill(torch.from_numpy(centres_hz() > 4000), FLOOR)
-    if rng.random() < settings.room:
-        raw = ring_on(raw, float(rng.uniform(*REVERBERATION_S)), float(rng.uniform(*RING)))
-    raw = raw + _microphone(settings, rng)
-    if noise is not None and rng.random() < settings.mix:
-        quieter = rng.uniform(0.0, 2.5)
-        level = float(raw.mean(dim=-1).max() - noise.mean(dim=-1).max()) - quieter
-        raw = mix(raw, noise, level)
-    raw = raw + float(rng.uniform(*settings.gain_db)) / 10
-    if rng.random() < settings.mask:
-        raw = raw.clone()
-        for _ in range(2):
-            width, first = int(rng.integers(0, 17)), int(rng.integers(0, MEL_BINS - 16))
-            raw[..., first : first + width] = float(raw.mean())
-    return raw.clamp(min=FLOOR)
+
+    narrow: bool
+    room: Room | None
+    level: np.ndarray
+    quieter: float | None
+    bands: tuple[tuple[int, int], ...] | None
 
 
-def _microphone(settings: Augment, rng: np.random.Generator) -> Tensor:
+def draw_room(rng: np.random.Generator) -> Room:
+    """A room of any reverberation time."""
+    decay = 10 ** (-6 * HOP_SAMPLES / SAMPLE_RATE / rng.uniform(*REVERBERATION_S))
+    return Room(float(decay), float(rng.uniform(*RING)))
+
+
+def draw_move(settings: Augment, rng: np.random.Generator) -> Move:
+    """What one row is moved by, as far as `settings` allow."""
+    narrow = bool(rng.random() < settings.narrow)
+    room = draw_room(rng) if rng.random() < settings.room else None
+    level = _microphone(settings, rng) + np.float32(rng.uniform(*settings.gain_db) / 10)
+    quieter = float(rng.uniform(*QUIETER_DB)) / 10 if rng.random() < settings.mix else None
+    bands = (_band(rng), _band(rng)) if rng.random() < settings.mask else None
+    return Move(narrow, room, level, quieter, bands)
+
+
+def _band(rng: np.random.Generator) -> tuple[int, int]:
+    first = int(rng.integers(0, MEL_BINS - 16))
+    return first, first + int(rng.integers(0, 17))
+
+
+def _microphone(settings: Augment, rng: np.random.Generator) -> np.ndarray:
     """A gain for each bin, log10 of power [C]: a slope and a smooth curve."""
     most = settings.tilt_db / 10
     bins = np.arange(MEL_BINS) / (MEL_BINS - 1)
     slope = rng.uniform(-most, most) * (bins - 0.5)
     curve = np.interp(bins, np.linspace(0, 1, 9), rng.uniform(-most / 2, most / 2, 9))
-    return torch.from_numpy((slope + curve).astype(np.float32))
+    return (slope + curve).astype(np.float32)

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ..config import ConfigError, ModelConfig
 from ..text import Tokenizer
-from .augment import Augment, augment, draw_settings, draw_tempo, draw_voice, stretch
-from .features import FeatureSet, clamp
+from .augment import Augment, draw_move, draw_settings, draw_tempo, draw_voice
+from .features import FeatureSet
 from .objective import Batch, collate
 from .questions import answer, ask
+from .recipe import Piece, Recipe, Row, frames_of, recipe
 from .sequence import build, due_chunk, steps_of
 from .shards import QUESTION, Stream, Turn
 from .sounds import DIGITS, sound_of
@@ -29,6 +30,7 @@ LONGEST_EXCERPT = 40  # chunks
 IGNORED, ANYWHERE = 0.25, 0.1  # of excerpts are around what is to be ignored, and anywhere
 HEARD_S = 0.5  # what a cut leaves less of nobody is asked about
 ASKED_S = 0.4  # what is asked can be told apart in the last of a question
+ROW = 1  # names the random numbers that tell the length of a row
 RARE = 20  # what is heard, or replied, in fewer turns has no class of its own
 
 
@@ -102,8 +104,27 @@ def answer_class(turn: Turn) -> str:
     return QUESTION if turn.label == QUESTION else turn.reply or ""
 
 
+class Drawn(NamedTuple):
+    """A batch whose frames are told and not made; those of `rest` are empty."""
+
+    frames: Recipe
+    chunk_frames: int
+    rest: Batch
+
+    def to(self, device: torch.device) -> Drawn:
+        """The same on a device, copied there beside its work where this lies in page-locked memory."""
+        told = Recipe(*(tensor.to(device, non_blocking=True) for tensor in self.frames))
+        return self._replace(frames=told, rest=self.rest.to(device))
+
+    def made_of(self, kept: Tensor) -> Batch:
+        """The batch, of the kept frames [frames, C], on their device."""
+        return self.rest._replace(frames=frames_of(kept, self.frames, self.chunk_frames))
+
+
 class Batches:
-    """Batches of a feature set; `batches[n]` is batch n."""
+    """Batches of a feature set; `batches[n]` is batch n. Of every `together` batches, the rows have one
+    length: those of a step are computed side by side, and none waits for another.
+    """
 
     def __init__(
         self,
@@ -116,7 +137,9 @@ class Batches:
         plan: BatchPlan,
         augment: Augment,
         prompts: Sequence[str] = (),
+        together: int = 1,
     ) -> None:
+        self.together = together
         self.config, self.tokenizer, self.features, self.classes = config, tokenizer, features, classes
         self.seed, self.plan, self.augment, self.prompts = seed, plan, augment, tuple(prompts)
         self.silent = [i for i, stream in enumerate(features.streams) if stream.silent]
@@ -172,30 +195,40 @@ class Batches:
         return np.array(rare) / np.sum(rare)
 
     def __getitem__(self, number: int) -> Batch:
+        return self.draw(number).made_of(self.features.kept)
+
+    def draw(self, number: int) -> Drawn:
+        """Batch `number`, its frames told and not made."""
         rng = np.random.default_rng([self.seed, number])
-        chunk_s = self.config.chunk_seconds
-        length = max(1, round(float(rng.choice(self.plan.rows_s)) / chunk_s))
-        frames, active, past, sequences = [], [], [], []
+        chunk_s, chunk_frames = self.config.chunk_seconds, self.config.chunk_frames
+        length = max(1, round(self._row_s(number) / chunk_s))
+        rows, active, past, sequences = [], [], [], []
         for _ in range(max(1, self.plan.chunks // length)):
-            moved = draw_settings(self.augment, rng)
-            raw, turns = self._row(rng, length, moved)
+            row, turns = self._row(rng, length)
             prompt = None
             if self.prompts and rng.random() < self.plan.other_prompt:
                 prompt = str(rng.choice(self.prompts))
-            steps = steps_of(turns, len(raw), chunk_s, rng)
-            frames.append(clamp(augment(raw, moved, rng, self._noise(rng))))
-            active.append(self._active(turns, len(raw)))
-            past.append(self._past(turns, len(raw)))
+            steps = steps_of(turns, length, chunk_s, rng)
+            rows.append(row)
+            active.append(self._active(turns, length))
+            past.append(self._past(turns, length))
             sequences.append(build(self.config, self.tokenizer, steps, prompt))
         fill = self.config.tokens.audio_begin
-        return collate(torch.cat(frames), torch.cat(active), torch.cat(past), sequences, fill)
+        rest = collate(torch.empty(0), torch.cat(active), torch.cat(past), sequences, fill)
+        return Drawn(recipe(rows, length * chunk_frames), chunk_frames, rest)
 
-    def _row(self, rng: np.random.Generator, length: int, moved: Augment) -> tuple[Tensor, list[Turn]]:
-        """Streams joined, in voices and at a tempo that `moved` allows, and cut to `length` chunks: raw
-        features, and the turns in the row's time. What is asked is asked about the row.
+    def _row_s(self, number: int) -> float:
+        """Seconds of a row of a batch."""
+        rng = np.random.default_rng([self.seed, number // self.together, ROW])
+        return float(rng.choice(self.plan.rows_s))
+
+    def _row(self, rng: np.random.Generator, length: int) -> tuple[Row, list[Turn]]:
+        """Streams or excerpts joined to `length` chunks, and the turns in the row's time. What is asked is
+        asked about the row.
         """
-        tempo = draw_tempo(moved, rng)
-        row = _Row(self.features, self.config.chunk_seconds)
+        settings = draw_settings(self.augment, rng)
+        tempo = draw_tempo(settings, rng)
+        row = _Joined(self.features, self.config.chunk_seconds)
         wanted = math.ceil(length * tempo)
         short = rng.random() < self.plan.excerpts
         while row.chunks < wanted:
@@ -208,11 +241,15 @@ class Batches:
                 recordings = self.recorded.get(ask(rng, row.heard, row.behind).text)
                 if recordings:
                     row.add(*recordings[int(rng.integers(len(recordings)))])
-        voices = [draw_voice(part, moved, rng) for part in row.parts]
-        raw, turns = torch.cat(voices)[:wanted], row.turns
-        if tempo != 1:
-            raw, turns = stretch(raw, tempo, length), [played(turn, tempo) for turn in turns]
-        return raw, [turn for turn in turns if turn.start_s < length * self.config.chunk_seconds]
+        pieces = [self._piece(*part, draw_voice(settings, rng)) for part in row.parts]
+        end_s = length * self.config.chunk_seconds
+        turns = [turn for turn in (played(turn, tempo) for turn in row.turns) if turn.start_s < end_s]
+        return Row(pieces, tempo, draw_move(settings, rng), self._noise(rng)), turns
+
+    def _piece(self, index: int, first: int, end: int, voice: float = 1.0) -> Piece:
+        """The chunks first..end of a stream."""
+        frames, start = self.config.chunk_frames, self.features.places[index][0]
+        return Piece((start + first) * frames, (end - first) * frames, voice)
 
     def _excerpt(self, rng: np.random.Generator) -> tuple[int, int, int]:
         """Stream, first chunk, end: around one of the answers, around what is to be ignored, or anywhere."""
@@ -229,8 +266,12 @@ class Batches:
         stream, chunk_s = self.features.streams[index], self.config.chunk_seconds
         return index, *excerpt(stream, chunks, chunk_s, at - before, at + after)
 
-    def _noise(self, rng: np.random.Generator) -> Tensor | None:
-        return self.features.raw(int(rng.choice(self.silent))) if self.silent else None
+    def _noise(self, rng: np.random.Generator) -> Piece | None:
+        """A silent stream."""
+        if not self.silent:
+            return None
+        index = self.silent[int(rng.integers(len(self.silent)))]
+        return self._piece(index, 0, self.features.chunks(index))
 
     def _active(self, turns: Sequence[Turn], chunks: int) -> Tensor:
         """bool [chunks, A, K]: which of the K classes are heard in the middle of each audio token."""
@@ -285,14 +326,14 @@ class Places:
         return self.found[min(int(at), len(self.found) - 1)]
 
 
-class _Row:
-    """Pieces of streams, one behind the other: `parts`, raw features [chunks, F, C] each, and `turns` in the
-    row's time. heard: labels of what has happened; behind: of what has lain under it.
+class _Joined:
+    """Pieces of streams, one behind the other: `parts`, stream, first chunk and end of each, and `turns` in
+    the row's time. heard: labels of what has happened; behind: of what has lain under it.
     """
 
     def __init__(self, features: FeatureSet, chunk_s: float) -> None:
         self.features, self.chunk_s = features, chunk_s
-        self.parts: list[Tensor] = []
+        self.parts: list[tuple[int, int, int]] = []
         self.turns: list[Turn] = []
         self.chunks = 0
         self.heard: list[str] = []
@@ -313,7 +354,7 @@ class _Row:
             elif not turn.background:
                 self.heard.append(turn.label)
             self.turns.append(shifted(turn, self.chunks * self.chunk_s))
-        self.parts.append(self.features.raw(index, first, end))
+        self.parts.append((index, first, end))
         self.chunks += end - first
 
 

@@ -61,11 +61,10 @@ class FeatureSet:
         first, end = self.places[index]
         return end - first
 
-    def raw(self, index: int, first: int = 0, end: int | None = None) -> Tensor:
-        """float32 [chunks, F, C] of one stream, or of its chunks first..end; a copy."""
-        start, stop = self.places[index]
-        stop = stop if end is None else min(stop, start + end)
-        return torch.from_numpy(self.frames[start + first : stop].copy()).float()  # 10 times numpy's speed
+    @property
+    def kept(self) -> Tensor:
+        """All frames, float16 [frames, C], mapped; not to be written to."""
+        return torch.from_numpy(self.frames).flatten(0, 1)
 
     def only(self, abilities: Sequence[str]) -> FeatureSet:
         """The streams of these abilities."""
@@ -143,6 +142,7 @@ def _open(directory: Path, chunk_frames: int) -> FeatureSet:
         for values in index["streams"]
     )
     shape = (index["first"][-1], chunk_frames, MEL_BINS)
-    frames = np.memmap(directory / FRAMES, dtype=np.float16, mode="r", shape=shape)
+    # torch knows no arrays that are only read: whoever wrote would write into a copy.
+    frames = np.memmap(directory / FRAMES, dtype=np.float16, mode="c", shape=shape)
     places = tuple(zip(index["first"], index["first"][1:], strict=False))
     return FeatureSet(streams, places, frames)

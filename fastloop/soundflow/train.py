@@ -38,7 +38,7 @@ from ..config import ConfigError, ModelConfig
 from ..errors import FastloopError
 from ..text import Tokenizer
 from .ahead import made
-from .batches import Batches, sound_classes, spoken
+from .batches import Batches, Drawn, sound_classes, spoken
 from .features import FeatureSet, feature_set
 from .objective import LOSSES, Batch, Objective
 from .report import LossLog, Ticker, plot_losses
@@ -102,7 +102,7 @@ class Trainer:
         self.fabric.launch()
         self.step, self.stopped = 0, False
         self.workers = _spare_cores(self.fabric.device) if workers is None else workers
-        self.drawn: Iterator[Batch] | None = None
+        self.coming: Iterator[Batch] | None = None
         self._check_directory(resume)
         given = self._given(source, resume)
         features = self._features(shards, given, skipped)
@@ -113,6 +113,7 @@ class Trainer:
         elif self.fabric.is_global_zero:
             self._describe(streams)
         classes = self._classes(features, resume)
+        self.frames = self._frames_here(features)
         self.batches, self.late = (
             Batches(
                 self.config,
@@ -123,6 +124,7 @@ class Trainer:
                 plan=plan,
                 augment=stage.augment,
                 prompts=stage.prompts,
+                together=stage.accumulate * self.fabric.world_size,
             )
             for plan in (stage.batch, stage.late or stage.batch)
         )
@@ -191,6 +193,13 @@ class Trainer:
         kept = found.only(self.stage.abilities)
         if not kept.streams:
             raise ShardError(f"no stream has one of the abilities {', '.join(self.stage.abilities)}")
+        return kept
+
+    def _frames_here(self, features: FeatureSet) -> Tensor:
+        """The kept frames: on a GPU whose memory they take no more than half of, else where they are."""
+        device, kept = self.fabric.device, features.kept
+        if device.type == "cuda" and kept.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+            return kept.to(device)
         return kept
 
     def _new(self, features: FeatureSet) -> Start:
@@ -281,7 +290,7 @@ class Trainer:
             if log is not None and ticker is not None:
                 log.close()
                 ticker.close()
-            self.drawn = None  # ends its processes
+            self.coming = None  # ends its processes
         if main:
             plot_losses(self.out / LOG, self.out / PLOT)
         return not self.stopped
@@ -294,12 +303,12 @@ class Trainer:
         stage = self.stage
         for group in self.optimizer.param_groups:
             group["lr"] = stage.rate(self.step)
-        if self.drawn is None:
-            self.drawn = self._draw_on()
+        if self.coming is None:
+            self.coming = self._coming()
         if self.beside is None:
-            found = self._one_by_one(self.drawn)
+            found = self._one_by_one(self.coming)
         else:
-            found = self.beside.gradients(self.drawn, stage.accumulate)
+            found = self.beside.gradients(self.coming, stage.accumulate)
         if not torch.isfinite(found[0]):
             raise TrainError(
                 f"step {self.step}: the loss is {found[0]}; go on from the last state with a lower peak_rate"
@@ -314,23 +323,28 @@ class Trainer:
         """The gradients of a step's batches -> the means of their losses [8]."""
         found, count = torch.zeros(len(LOSSES)), self.stage.accumulate
         for part in range(count):
-            batch = next(batches).to(self.fabric.device)
+            batch = next(batches)
             with self.fabric.no_backward_sync(self.objective, enabled=part + 1 < count):
                 losses = self.objective(batch)
                 self.fabric.backward(losses[0] / count)
             found += losses.detach().float().cpu() / count
         return found
 
-    def _draw_on(self) -> Iterator[Batch]:
-        """The batches of this process from the present step on."""
+    def _coming(self) -> Iterator[Batch]:
+        """The batches of this process from the present step on, on its device."""
         stage, world, rank = self.stage, self.fabric.world_size, self.fabric.global_rank
+        device = self.fabric.device
         of_a_step = stage.accumulate * world
 
-        def draw(number: int) -> Batch:
-            return (self.late if stage.is_late(number // of_a_step) else self.batches)[number]
+        def draw(number: int) -> Drawn | Batch:
+            """Frames are made on the device, if what they are made of is there, else by whoever draws."""
+            drawn = (self.late if stage.is_late(number // of_a_step) else self.batches).draw(number)
+            return drawn if self.frames.device == device else drawn.made_of(self.frames)
 
         numbers = range(self.step * of_a_step + rank, stage.steps * of_a_step, world)
-        return made(draw, numbers, self.workers, ahead=BATCHES_AHEAD, pin=True)
+        for found in made(draw, numbers, self.workers, ahead=BATCHES_AHEAD, pin=True):
+            here = found.to(device)
+            yield here.made_of(self.frames) if isinstance(here, Drawn) else here
 
     def close(self) -> None:
         """End the threads, and leave the process group, if there is one: at the interpreter's end its threads

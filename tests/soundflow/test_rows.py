@@ -17,6 +17,7 @@ from fastloop.soundflow.augment import Augment
 from fastloop.soundflow.batches import Batches, BatchPlan, Place, Places, cut, excerpt, sound_classes
 from fastloop.soundflow.features import FeatureSet
 from fastloop.soundflow.questions import answer
+from fastloop.soundflow.recipe import frames_of, recipe
 from fastloop.soundflow.sequence import due_chunk, steps_of
 from fastloop.soundflow.shards import Stream, Turn
 from fastloop.soundflow.sounds import sound_of
@@ -89,8 +90,8 @@ def test_what_is_asked_in_a_row_is_asked_about_the_row(excerpts: float) -> None:
                       seed=0, plan=plan, augment=Augment())  # fmt: skip
     asked, unknown = 0, 0
     for seed in range(40):
-        raw, turns = batches._row(np.random.default_rng(seed), 64, Augment())
-        assert len(raw) == 64
+        row, turns = batches._row(np.random.default_rng(seed), 64)
+        assert sum(piece.frames for piece in row.pieces) >= 64 * 40
         heard: list[str] = []
         behind = {"rain"}
         for turn in turns:
@@ -121,7 +122,7 @@ def test_what_happened_in_a_row_is_what_its_questions_are_answered_from() -> Non
                       seed=0, plan=plan, augment=Augment())  # fmt: skip
     seen: Counter[str] = Counter()
     for seed in range(20):
-        _, turns = batches._row(np.random.default_rng(seed), 64, Augment())
+        _, turns = batches._row(np.random.default_rng(seed), 64)
         past = batches._past(turns, 64)
         for turn in turns:
             end = int(turn.end_s / 0.4)
@@ -213,11 +214,26 @@ def test_every_excerpt_of_a_row_has_a_voice_of_its_own() -> None:
         """The loudest bin of every chunk of a row of 90."""
         batches = Batches(config, tokenizer, features, {}, seed=0, plan=BatchPlan(**plan),
                           augment=Augment(warp=0.15))  # fmt: skip
-        raw, _ = batches._row(np.random.default_rng(0), 90, batches.augment)
-        loudest = raw.argmax(dim=-1)
+        row, _ = batches._row(np.random.default_rng(0), 90)
+        frames = frames_of(features.kept, recipe([row], 90 * 40), 40)
+        loudest = frames.argmax(dim=-1)
+        assert frames.shape == (90, 40, 128)
         assert (loudest == loudest[:, :1]).all(), "one voice through a chunk"
         return loudest[:, 0].tolist()
 
     assert len(set(heard_at(excerpts=0.0))) == 1
     excerpts = heard_at(excerpts=1.0, around=3)
     assert len(set(excerpts)) > 5 and min(excerpts) < 60 < max(excerpts)
+
+
+def test_rows_of_a_step_have_one_length_and_other_steps_have_others() -> None:
+    streams = asking_streams()
+    places = tuple((30 * i, 30 * i + 30) for i in range(len(streams)))
+    features = FeatureSet(streams, places, np.zeros((30 * len(streams), 40, 128), np.float16))
+    config, plan = small(), BatchPlan(chunks=16, rows_s=(1.6, 3.2, 6.4))
+    batches = Batches(config, byte_tokenizer(config.decoder.vocab), features, {}, seed=0, plan=plan,
+                      augment=Augment(), together=3)  # fmt: skip
+    rows = [len(batches[number].ids) for number in range(36)]
+    steps = [rows[first : first + 3] for first in range(0, 36, 3)]
+    assert all(len(set(step)) == 1 for step in steps)
+    assert {step[0] for step in steps} == {4, 2, 1}

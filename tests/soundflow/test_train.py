@@ -24,8 +24,8 @@ from fastloop.checkpoint import load
 from fastloop.cli import app
 from fastloop.config import ConfigError
 from fastloop.soundflow import ablation, sweep
-from fastloop.soundflow.batches import Batches, BatchPlan
-from fastloop.soundflow.objective import Batch, Weighting
+from fastloop.soundflow.batches import Batches, BatchPlan, Drawn
+from fastloop.soundflow.objective import Weighting
 from fastloop.soundflow.report import read_log
 from fastloop.soundflow.stage import NewModel, Stage, read_stage, stage_from, stage_names
 from fastloop.soundflow.train import LOG, MODEL, PLOT, STATE, Trainer, TrainError
@@ -143,14 +143,14 @@ def test_batches_drawn_ahead_by_others_are_the_same(shard: Path, whole: Path, tm
 def test_an_error_of_a_batch_drawn_ahead_is_told_at_its_step(
     shard: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    draw = Batches.__getitem__
+    draw = Batches.draw
 
-    def third(batches: Batches, number: int) -> Batch:
+    def third(batches: Batches, number: int) -> Drawn:
         if number == 3:
             raise OSError("the disk is gone")
         return draw(batches, number)
 
-    monkeypatch.setattr(Batches, "__getitem__", third)
+    monkeypatch.setattr(Batches, "draw", third)
     trainer = Trainer(tiny(), [shard], tmp_path, workers=2)
     with pytest.raises(OSError, match="the disk is gone"):
         trainer.run()
