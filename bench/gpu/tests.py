@@ -27,9 +27,9 @@ ENGINE = (
 
 
 def run(context: Context, record: Record) -> None:
-    """Values: counts of passed, failed and skipped tests; a problem for each failure. Each suite takes half
-    of the time that is left at most, and what its tests had shown by then counts; first those of the engine,
-    which no other section checks.
+    """Values: counts of passed, failed and skipped tests; a problem for each failure. Each suite takes its
+    share of the time that is left at most, and what its tests had shown by then counts; first those of the
+    engine, which no other section checks.
     """
     suites = {
         "engine": [*(f"tests/engine/test_{name}.py" for name in ENGINE), "-k", "cuda"],
@@ -43,7 +43,7 @@ def run(context: Context, record: Record) -> None:
         suites = {name: [*options, f"-n{WORKERS}"] for name, options in suites.items()}
     for place, (name, options) in enumerate(suites.items()):
         report = context.parts / f"tests_{name}.xml"
-        limit = (context.left_s - 2) / (1 if place + 1 == len(suites) else 2)
+        limit = (context.left_s - 2) / (len(suites) - place)
         code, said = finished(command(options, report), limit, folder=context.parts)
         print(said)
         if code is None:
