@@ -69,6 +69,7 @@ def _train(
     threads: int,
     workers: int | None,
 ) -> bool:
+    import contextlib
     import dataclasses
 
     import torch
@@ -86,13 +87,13 @@ def _train(
     trainer = Trainer(
         stage, shards, out, source=source, resume=resume, workers=workers, skipped=skipped.append
     )
-    main = trainer.fabric.is_global_zero
-    if main and skipped:
-        complain("train", f"{len(skipped)} streams could not be used:")
-        for line in skipped:
-            typer.echo(f"  {line}", err=True)
-    finished = trainer.run()
-    trainer.close()
+    with contextlib.closing(trainer):
+        main = trainer.fabric.is_global_zero
+        if main and skipped:
+            complain("train", f"{len(skipped)} streams could not be used:")
+            for line in skipped:
+                typer.echo(f"  {line}", err=True)
+        finished = trainer.run()
     if main:
         state = "complete" if finished else "stopped; --resume goes on"
         typer.echo(f"step {trainer.step} of {stage.steps}, {state}: {out / MODEL}")

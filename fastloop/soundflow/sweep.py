@@ -13,6 +13,7 @@ is complete is not trained again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -53,9 +54,9 @@ def changed(stage: Stage, changes: Mapping[str, Any], steps: int) -> Stage:
 def trained(stage: Stage, data: Sequence[Path], out: Path, source: str | None) -> Model:
     """Train (or go on, or leave as it is, where it is complete); the last model, in float32."""
     resume = (out / STATE).exists()
-    trainer = Trainer(stage, find_shards(data), out, source=source, resume=resume)
-    if trainer.step < stage.steps and not trainer.run():
-        raise SystemExit(130)
+    with contextlib.closing(Trainer(stage, find_shards(data), out, source=source, resume=resume)) as trainer:
+        if trainer.step < stage.steps and not trainer.run():
+            raise SystemExit(130)
     return load(out / MODEL, dtype="float32")
 
 
