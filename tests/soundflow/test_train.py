@@ -285,7 +285,16 @@ def test_a_wrong_field_of_a_stage_is_named(change: dict[str, Any], words: str) -
 
 
 def test_the_shipped_stages_are_valid_and_their_rates_rise_stay_and_fall() -> None:
-    assert stage_names() == ["ablation", "adapter", "format", "instruct", "nano", "nano_gpu", "streaming"]
+    assert stage_names() == [
+        "ablation",
+        "adapter",
+        "format",
+        "instruct",
+        "nano",
+        "nano_gpu",
+        "nano_second",
+        "streaming",
+    ]
     for name in stage_names():
         stage = read_stage(name)
         assert stage.name == name
