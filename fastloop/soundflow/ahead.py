@@ -23,7 +23,7 @@ ALIGNED = 16  # bytes, where a tensor begins in a packed one
 @dataclass(frozen=True)
 class Packed:
     """Tensors in one: what goes from process to process as one block of shared memory, and to a GPU as one
-    copy (for 20 of them, 1.3 ms of the receiving thread in place of 4 to 8).
+    copy (for 20 of them, 1.5 ms of the receiving process in place of 6: bench/bench_training.py).
 
     data: uint8 [bytes]. kinds: shape and dtype of each.
     """
