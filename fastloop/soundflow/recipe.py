@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..config import HOP_SAMPLES, MEL_BINS, SAMPLE_RATE
@@ -23,7 +24,6 @@ LN10 = float(np.log(10))
 FLOOR = -10.0  # log10 of the least power the mel op gives
 NARROW_HZ = 4000
 REACH = round(1.5 * REVERBERATION_S[1] * SAMPLE_RATE / HOP_SAMPLES)  # frames that ring on, for 90 dB at least
-FAINTEST = 1e-12  # share of a power that is nothing: what is far smaller is slow to add on a CPU
 
 
 class Piece(NamedTuple):
@@ -150,8 +150,9 @@ def stretch(x: Tensor, place: Tensor, part: Tensor) -> Tensor:
 
 
 def narrowed(x: Tensor) -> Tensor:
-    """x [N, T, C] through a telephone."""
-    return x.masked_fill(torch.from_numpy(centres_hz() > NARROW_HZ).to(x.device), FLOOR)
+    """x [N, T, C] through a telephone; its bins lie in order, so that no mask has to go to a GPU."""
+    through = int(np.searchsorted(centres_hz(), NARROW_HZ, side="right"))
+    return F.pad(x[..., :through], (0, x.shape[-1] - through), value=FLOOR)
 
 
 def ring_on(x: Tensor, decay: Tensor, ring: Tensor) -> Tensor:
@@ -161,9 +162,7 @@ def ring_on(x: Tensor, decay: Tensor, ring: Tensor) -> Tensor:
     tail = power  # the sum of decay^k times the power k frames before, for k < reach
     reach = 1
     while reach < min(REACH, x.shape[1]):
-        faded = decay**reach
-        faded = faded.where(faded > FAINTEST, 0.0)
-        later = tail[:, reach:] + faded * tail[:, :-reach]
+        later = tail[:, reach:] + decay**reach * tail[:, :-reach]
         tail, reach = torch.cat((tail[:, :reach], later), dim=1), 2 * reach
     power = power + (tail - power) * (ring * (1 - decay) / decay)
     return power.clamp(min=10**FLOOR).log10()

@@ -49,7 +49,7 @@ from .trainable import Trainable, initial_weights
 
 STATE, LOG, PLOT = "state.ckpt", "log.csv", "loss.png"
 MODEL, STAGE, CONFIG, CLASSES, DATA = "model", "stage.json", "model.json", "classes.json", "data.json"
-LENGTHS = 64  # tokens: cuDNN plans attention anew for every length of rows, 0.1 s each (bench/GPU.md)
+LENGTHS = 64  # tokens: cuDNN plans attention anew for every length of rows (bench/GPU.md)
 BATCHES_AHEAD = 3  # that each process which draws them has ready
 ROOT = "model.root."  # prefix of the model's own weights in a state
 
